@@ -1,0 +1,69 @@
+# make demo        text from the bundled model         make demo PROMPT="Once upon a time" EXTRAS=cuda13
+# make test        the whole suite, pinned versions    make test ARGS="tests/model -k rope"
+# make test-latest the core tests, newest releases
+# make setup       what make test runs in, and no test
+# make lint        ruff, pyright, import-linter
+# make format      rewrites files as `make lint` wants them
+# make clean       removes what these made
+#
+# Each target sets up all that it needs. A set-up is made again only when what it depends on changes.
+
+VENV ?= .venv
+# Accelerator support to install as well: cuda12, cuda13, or nothing for the CPU.
+EXTRAS ?=
+PROMPT ?= The lighthouse keeper
+WORKERS ?= 2
+ARGS ?=
+
+comma := ,
+VENV_LATEST := $(VENV)-latest
+BIN := $(VENV)/bin
+SETUP := pyproject.toml constraints.txt tools/install.sh
+CORE := $(VENV)/.installed-core$(EXTRAS:%=-%)
+TEST := $(VENV)/.installed-test$(EXTRAS:%=-%)
+# What a new release of jax, flax, orbax, tokenizers, torch or transformers can break.
+CORE_TESTS := tests/config tests/model tests/checkpoint tests/generate
+PYTEST_OPTIONS := -n $(WORKERS) --dist worksteal
+
+export PYTHON
+
+.PHONY: setup demo test test-latest lint format clean
+
+setup: $(TEST)
+
+demo: $(CORE)
+	@$(BIN)/python scripts/generate.py "$(PROMPT)" --max-new-tokens 60
+
+test: $(TEST)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
+
+# No stamp: "newest" is asked for each time.
+test-latest:
+	sh tools/install.sh $(VENV_LATEST) test$(EXTRAS:%=$(comma)%) --upgrade
+	@$(VENV_LATEST)/bin/python -m uv pip freeze --python $(VENV_LATEST)/bin/python \
+		| grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|numpy|tokenizers|torch|transformers)=='
+	$(VENV_LATEST)/bin/python -m pytest $(PYTEST_OPTIONS) $(CORE_TESTS) $(ARGS)
+
+lint: $(TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(TEST)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV_LATEST) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(CORE): $(SETUP)
+	@echo "Setting up $(VENV): the package and what it depends on"
+	@sh tools/install.sh $(VENV) "$(EXTRAS)" -c constraints.txt
+	@touch $@
+
+$(TEST): $(SETUP)
+	@echo "Setting up $(VENV): the package, the test tools, torch and transformers"
+	@sh tools/install.sh $(VENV) test$(EXTRAS:%=$(comma)%) -c constraints.txt
+	@touch $@

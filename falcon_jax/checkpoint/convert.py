@@ -1,0 +1,287 @@
+"""From a Hugging Face folder to a converted one, one tensor at a time, resumable.
+
+Owns the order of things: everything that can be wrong with the source is found before the first byte is written; a
+tensor counts as finished once its line stands in the journal; the manifest comes last. So a process killed at any
+point leaves either a whole checkpoint or one that does not load and goes on where it stopped.
+
+The trap: memory. A tensor is read, turned into ours (a second copy, the first is dropped) and handed to orbax, which
+makes a copy: never more than two of the largest at once.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from falcon_jax.checkpoint import hf_files, hub, mapping
+from falcon_jax.checkpoint.checksum import host_checksum
+from falcon_jax.checkpoint.manifest import (
+    CARRIED_FILES,
+    MANIFEST_FILE,
+    PARAMS_FOLDER,
+    UNFINISHED_FOLDER,
+    ArrayRecord,
+    Manifest,
+    carry_files,
+    is_converted,
+    record_from_json,
+    record_to_json,
+    require_dtype,
+    sync_folder,
+    write_text,
+)
+from falcon_jax.checkpoint.store import ArrayFolder
+from falcon_jax.config import FalconConfig
+from falcon_jax.errors import CheckpointError
+
+WEIGHTS = ("native",)
+# Small tensors are written together: a write costs about 20 ms whatever its size.
+GROUP_BYTES = 16 << 20
+_SPARE_BYTES = 64 << 20  # for descriptions, journal and tokenizer
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    weights: str = "native",
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Converts a Hugging Face checkpoint into a folder that loads fast, checked by checksums.
+
+    Peak memory is twice the largest tensor, whatever the model's size. Interrupted, it is run again with the same
+    arguments and goes on where it stopped.
+
+    Args:
+      source: a Hugging Face folder (safetensors, sharded or not), or a model on the hub such as "tiiuae/falcon-7b".
+      destination: a folder to make; it may exist if it is empty or holds this conversion, interrupted.
+      dtype: "float16", "bfloat16" or "float32"; None keeps what is stored.
+      weights: "native", the only kind so far.
+      allow_pickle: also read pytorch_model*.bin (needs torch >= 2.10); only from a source that you trust.
+      overwrite: replace a finished checkpoint in `destination`.
+      progress: show a bar on stderr.
+
+    Returns:
+      The destination.
+
+    Raises:
+      CheckpointError: the source cannot be read or is no Falcon of its config.json, or the destination holds
+        something else or has too little space.
+      ConfigError: the source's config.json is none of a Falcon.
+      ValueError: an unknown dtype or kind of weights.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; supported: {', '.join(map(repr, WEIGHTS))}")
+    cast = require_dtype(dtype)
+    folder = hub.local_folder(source, allow_pickle=allow_pickle)
+    destination = Path(destination).expanduser().absolute()
+    if is_converted(folder):
+        raise CheckpointError(f"{folder} is a converted checkpoint already: convert takes a Hugging Face folder")
+    if folder.resolve() == destination.resolve():
+        raise CheckpointError(f"{destination} is the source: give another destination")
+    tensors = hf_files.open_folder(folder, allow_pickle=allow_pickle)
+    plan = mapping.plan(FalconConfig.from_hf(folder), tensors.tensors)
+    require_tied_head(tensors, plan)
+    settings = {
+        "dtype": None if cast is None else cast.name,
+        "weights": weights,
+        "config": plan.config.to_hf(),
+        "source": tensors.fingerprint(),
+    }
+    _prepare(destination, overwrite)
+    with Conversion(destination, settings, [part.path for entry in plan.entries for part in entry.parts]) as work:
+        _require_space(destination, _bytes_left(plan, tensors, cast, work.finished))
+        _convert_tensors(tensors, plan, cast, work, progress)
+        work.finish(plan.config, folder)
+    return destination
+
+
+def require_tied_head(tensors: hf_files.HFFolder, plan: mapping.Plan) -> None:
+    """Refuses a stored head that is not the embedding it is said to be.
+
+    Raises:
+      CheckpointError: their bits differ.
+    """
+    if plan.tied_copy and not tensors.same_bits(*plan.tied_copy):
+        head = tensors.tensors[plan.tied_copy[0]]
+        raise CheckpointError(
+            f"{head} differs from the embedding, but config.json says that it is tied: set tie_word_embeddings to "
+            "false there if the head is its own"
+        )
+
+
+class Conversion:
+    """A destination in the making: its arrays so far, and the journal of finished tensors.
+
+    Locked while it is open; the lock goes with the process, however that ends.
+
+    Raises:
+      CheckpointError: another process works on it, or it was begun from another source or with other settings.
+    """
+
+    def __init__(self, destination: Path, settings: Mapping[str, Any], paths: list[str]):
+        self._destination = destination
+        self._folder = destination / UNFINISHED_FOLDER
+        self._settings = dict(settings)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._journal = open(self._folder / "journal.jsonl", "ab")  # noqa: SIM115, closed by __exit__
+        try:
+            self._lock()
+            self._check_settings()
+            self.finished = self._read_journal()
+            self._remove_leftovers()
+            self._arrays = ArrayFolder(self._folder / PARAMS_FOLDER)
+            moved = (destination / PARAMS_FOLDER).exists()
+            if not moved and not (self._folder / PARAMS_FOLDER).exists():
+                self._arrays.create(paths)
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def __enter__(self) -> "Conversion":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._journal.close()
+
+    def add(self, group: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Stores the arrays of one or more tensors, by the tensors' names, and notes them as finished."""
+        arrays = {path: array for tensor in group.values() for path, array in tensor.items()}
+        lines = []
+        for name, tensor in group.items():
+            records = {
+                path: ArrayRecord(array.shape, array.dtype.name, host_checksum(array)) for path, array in tensor.items()
+            }
+            self.finished[name] = records
+            described = {path: record_to_json(record) for path, record in records.items()}
+            lines.append(json.dumps({"tensor": name, "arrays": described}))
+        self._arrays.put(arrays)
+        self._journal.write(("\n".join(lines) + "\n").encode())
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def finish(self, config: FalconConfig, source: Path) -> None:
+        """Puts everything in its place, the manifest last."""
+        expected = mapping.shapes(config)
+        found = {path: record for records in self.finished.values() for path, record in records.items()}
+        if {path: record.shape for path, record in found.items()} != expected:
+            raise CheckpointError(f"{self._folder}: its journal is damaged: delete the folder and convert again")
+        if (self._folder / PARAMS_FOLDER).exists():
+            os.rename(self._folder / PARAMS_FOLDER, self._destination / PARAMS_FOLDER)
+        carry_files(source, self._destination)
+        sync_folder(self._destination)
+        Manifest(config, {path: found[path] for path in expected}, self._settings).write(self._destination)
+        shutil.rmtree(self._folder)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"{self._destination}: another process is converting into it") from error
+
+    def _check_settings(self) -> None:
+        path = self._folder / "settings.json"
+        wanted = json.loads(json.dumps(self._settings))
+        if not path.exists():
+            write_text(path, json.dumps(wanted, indent=1) + "\n")
+        found = hf_files.read_json(path)
+        differing = [key for key in wanted if found.get(key) != wanted[key]]
+        if differing:
+            raise CheckpointError(
+                f"{self._destination} holds an unfinished conversion with another {', '.join(differing)}: go on with "
+                "what it was begun with, or delete the folder"
+            )
+
+    def _read_journal(self) -> dict[str, dict[str, ArrayRecord]]:
+        finished = {}
+        content = (self._folder / "journal.jsonl").read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for line in content[:whole].splitlines():
+            entry = json.loads(line)
+            finished[entry["tensor"]] = {path: record_from_json(record) for path, record in entry["arrays"].items()}
+        # A line cut off by the interruption: its tensors are done again.
+        self._journal.truncate(whole)
+        return finished
+
+    def _remove_leftovers(self) -> None:
+        for path in self._folder.iterdir():
+            if path.name not in ("journal.jsonl", "settings.json", PARAMS_FOLDER):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _convert_tensors(
+    tensors: hf_files.HFFolder,
+    plan: mapping.Plan,
+    dtype: np.dtype | None,
+    work: Conversion,
+    progress: bool,
+) -> None:
+    sizes = {entry.hf_name: tensors.tensors[entry.hf_name].num_bytes for entry in plan.entries}
+    done = sum(size for name, size in sizes.items() if name in work.finished)
+    bar = tqdm(total=sum(sizes.values()), initial=done, unit="B", unit_scale=True, desc="convert", disable=not progress)
+    group: dict[str, dict[str, np.ndarray]] = {}
+    with bar:
+        for entry in plan.entries:
+            if entry.hf_name in work.finished:
+                continue
+            if group and sum(sizes[name] for name in (*group, entry.hf_name)) > GROUP_BYTES:
+                _flush(work, group, bar, sizes)
+            group[entry.hf_name] = entry.from_hf(tensors.read(entry.hf_name), dtype)
+        if group:
+            _flush(work, group, bar, sizes)
+
+
+def _flush(work: Conversion, group: dict[str, dict[str, np.ndarray]], bar: tqdm, sizes: Mapping[str, int]) -> None:
+    work.add(group)
+    bar.update(sum(sizes[name] for name in group))
+    group.clear()  # before the next tensor is read
+
+
+def _prepare(destination: Path, overwrite: bool) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file: give a folder to make")
+    if (destination / MANIFEST_FILE).exists():
+        # Killed right after its manifest was written, a finished conversion leaves its journal.
+        shutil.rmtree(destination / UNFINISHED_FOLDER, ignore_errors=True)
+        if not overwrite:
+            raise CheckpointError(
+                f"{destination} holds a finished checkpoint: give another destination, or overwrite=True (--overwrite)"
+            )
+        # The manifest first: without it the rest does not load.
+        (destination / MANIFEST_FILE).unlink()
+        shutil.rmtree(destination / PARAMS_FOLDER, ignore_errors=True)
+        for name in CARRIED_FILES:
+            (destination / name).unlink(missing_ok=True)
+    if any(destination.iterdir()) and not (destination / UNFINISHED_FOLDER).exists():
+        raise CheckpointError(f"{destination} is not empty and holds no conversion: give another destination")
+
+
+def _bytes_left(
+    plan: mapping.Plan, tensors: hf_files.HFFolder, dtype: np.dtype | None, finished: Mapping[str, Any]
+) -> int:
+    total = 0
+    for entry in plan.entries:
+        if entry.hf_name not in finished:
+            stored = hf_files.parameter_dtype(tensors.tensors[entry.hf_name])
+            total += tensors.tensors[entry.hf_name].num_bytes // stored.itemsize * (dtype or stored).itemsize
+    return total
+
+
+def _require_space(destination: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(destination).free
+    if num_bytes and free < num_bytes + _SPARE_BYTES:
+        raise CheckpointError(
+            f"{destination}: {free / 1e9:.2f} GB are free, the conversion takes "
+            f"{(num_bytes + _SPARE_BYTES) / 1e9:.2f} GB more"
+        )

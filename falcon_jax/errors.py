@@ -1,0 +1,13 @@
+"""The errors a user can cause, each a ValueError whose one line says what was wrong and what would be right."""
+
+
+class ConfigError(ValueError):
+    """A model configuration that contradicts itself, lacks a key or names something unknown."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: names the file and the tensor, and what was expected there."""
+
+
+class RequestError(ValueError):
+    """A generation request that cannot be served: an empty prompt, a sampling value out of range, too many tokens."""

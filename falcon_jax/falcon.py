@@ -1,0 +1,436 @@
+"""Falcon: the user's handle, which ties configuration, checkpoint, tokenizer and engine together.
+
+Owns what a request may hold and what comes back as text. Does no array work of its own: that is the engine's.
+"""
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from falcon_jax import checkpoint, sharding
+from falcon_jax.checkpoint import hub, manifest
+from falcon_jax.config import FalconConfig
+from falcon_jax.errors import RequestError
+from falcon_jax.generate.engine import CHUNK, Engine
+from falcon_jax.generate.sampling import Sampling
+from falcon_jax.generate.stopping import RowText, check_stop_strings
+from falcon_jax.model import params as model_params
+from falcon_jax.model.cache import cache_bytes
+from falcon_jax.model.step import ForwardOptions
+from falcon_jax.tokenizer import Tokenizer
+
+BUNDLED_MODEL = Path(__file__).parent / "assets" / "falcon-nano"
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+Prompt = str | Sequence[int] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One continuation of one prompt.
+
+    Attributes:
+      text: without the stop string and special tokens, after the prompt's own text if that was asked for;
+        None where the model has no tokenizer.
+      token_ids: the new tokens. They end with the end-of-text token, or the token that completed a stop
+        string.
+      logprobs: of each token, natural logarithm, under the model's own distribution (before penalty,
+        temperature and filters); None unless asked for.
+      finish_reason: "stop" (end-of-text token or stop string) or "length" (max_new_tokens).
+      prompt_index: which prompt of the call it continues.
+      sample_index: which of that prompt's num_samples it is.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str
+    prompt_index: int = 0
+    sample_index: int = 0
+
+
+class Falcon:
+    """A model ready to run. Made by `from_checkpoint` or `from_config`.
+
+    Attributes:
+      config: what the model is.
+      params: its parameters, a nested dict of arrays.
+      tokenizer: None where the checkpoint has none; ids still work.
+      engine: what runs it, in ids.
+    """
+
+    def __init__(
+        self,
+        config: FalconConfig,
+        params: model_params.Params,
+        tokenizer: Tokenizer | None = None,
+        *,
+        mesh: Mesh | None = None,
+        alibi: str = "float32",
+        max_cache_tokens: int | None = None,
+        max_cache_bytes: int | None = None,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.engine = Engine(
+            config,
+            params,
+            ForwardOptions(alibi=alibi),
+            mesh,
+            max_cache_tokens=max_cache_tokens,
+            max_cache_bytes=max_cache_bytes,
+        )
+
+    @property
+    def params(self) -> model_params.Params:
+        """The parameters, a nested dict of arrays."""
+        return self.engine.params
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path | None = None,
+        *,
+        dtype: Any = "bfloat16",
+        weights: str = "native",
+        mesh: Mesh | None = None,
+        memory_budget: int | str | None = None,
+        alibi: str = "float32",
+        max_cache_tokens: int | None = None,
+        verify: bool = True,
+    ) -> "Falcon":
+        """Loads a model straight to the device.
+
+        Args:
+          path: an orbax folder that `convert` made, a Hugging Face folder, or a hub id; None: the bundled
+            falcon-nano.
+          dtype: of parameters, activations and cache: "bfloat16", "float32" or "float16".
+          weights: "native", the `dtype`; no other form is supported in this version.
+          mesh: shards the parameters over it; None: the default device.
+          memory_budget: the most that weights and cache may take on a device, in bytes or as in "68GiB".
+            Weights and one row of the trained length must fit; requests get what is left.
+          alibi: "float32", or "hf_bf16" for the rounding of transformers. Models with RoPE do not read it.
+          max_cache_tokens: most tokens of a row, prompt and new ones; None: 8 times the trained length, at
+            least 32768. The memory must hold them, whatever is said here.
+          verify: compares an orbax checkpoint's arrays with their checksums.
+
+        Raises:
+          CheckpointError: the path is no checkpoint, or one that does not fit its configuration.
+          ConfigError: its configuration cannot be read.
+          ValueError: `weights`, `alibi` or `memory_budget` is not one of the above, or the budget is too
+            small.
+        """
+        if weights != "native":
+            raise ValueError(f"weights={weights!r} is not supported: this version runs 'native' weights only")
+        options = ForwardOptions(alibi=alibi)  # before a long load: an unknown alibi raises here
+        source = BUNDLED_MODEL if path is None else path
+        cache_limit = None
+        if memory_budget is not None:
+            cache_limit = _left_for_cache(_read_config(source), dtype, mesh, parse_bytes(memory_budget))
+        config, params, tokenizer_folder = checkpoint.load(source, dtype=dtype, mesh=mesh, verify=verify)
+        return cls(
+            config,
+            params,
+            None if tokenizer_folder is None else Tokenizer.from_folder(tokenizer_folder),
+            mesh=mesh,
+            alibi=options.alibi,
+            max_cache_tokens=max_cache_tokens,
+            max_cache_bytes=cache_limit,
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: FalconConfig,
+        *,
+        key: int | Array = 0,
+        dtype: Any = "bfloat16",
+        mesh: Mesh | None = None,
+        tokenizer: Tokenizer | None = None,
+        alibi: str = "float32",
+        max_cache_tokens: int | None = None,
+    ) -> "Falcon":
+        """A model with random weights, for benchmarks and tests; `key` is a seed or a JAX random key."""
+        root = jax.random.key(key) if isinstance(key, int) else key
+        params = model_params.init(config, root, jnp.dtype(dtype), mesh)
+        return cls(config, params, tokenizer, mesh=mesh, alibi=alibi, max_cache_tokens=max_cache_tokens)
+
+    def logits(
+        self, token_ids: Sequence[Sequence[int]] | np.ndarray | Array, lengths: Sequence[int] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of every next token, float32.
+
+        Args:
+          token_ids: [B, T], rows padded on the right with any valid id; or rows of ids of different lengths.
+          lengths: [B] tokens that count in each row, 1 .. T; None: all of them. Logits past a row's length
+            mean nothing.
+
+        Raises:
+          RequestError: no rows, an empty row, an id outside the vocabulary, or lengths that do not fit.
+        """
+        given = np.asarray(token_ids) if isinstance(token_ids, jax.Array) else token_ids
+        rows = [self._checked_ids(row, f"row {index}") for index, row in enumerate(given)]
+        if not rows:
+            raise RequestError("token_ids is empty: give at least one row of ids")
+        longest = max(map(len, rows))
+        counts = np.asarray([len(row) for row in rows] if lengths is None else lengths)
+        fits = counts.shape == (len(rows),) and np.issubdtype(counts.dtype, np.integer)
+        if not fits or any(not 1 <= count <= len(row) for count, row in zip(counts, rows, strict=True)):
+            raise RequestError(f"lengths={lengths!r} does not fit: {len(rows)} integers from 1 to each row's size")
+        padded = np.zeros((len(rows), longest), np.int32)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = row
+        return self.engine.logits(padded, counts.astype(np.int32))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: int | float = 0.0,
+        top_k: int | None = None,
+        top_p: int | float | None = None,
+        min_p: int | float | None = None,
+        repetition_penalty: int | float = 1.0,
+        stop: str | Sequence[str] = (),
+        num_samples: int = 1,
+        seed: int = 0,
+        logprobs: bool = False,
+        return_full_text: bool = False,
+    ) -> list[Completion]:
+        """Continues prompts of any lengths, in one batch.
+
+        Args:
+          prompts: a string, a list of ids, or a list of such; at least one token each.
+          max_new_tokens: most tokens a completion gets, at least 1.
+          temperature: 0 takes the likeliest token each time; otherwise as for `top_k`, `top_p`, `min_p` and
+            `repetition_penalty`, see `generate.sampling.Sampling`.
+          stop: strings that end a completion where they appear in the new text, also across tokens.
+          num_samples: completions a prompt.
+          seed: the same seed gives the same samples, however prompts are batched.
+          logprobs: fills in each completion's log probabilities.
+          return_full_text: puts the prompt's text before the completion's.
+
+        Returns:
+          Completions ordered by prompt, then by sample; none for an empty list of prompts.
+
+        Raises:
+          RequestError: an empty prompt, a value out of range, or more tokens than the cache can hold.
+        """
+        rows = self._prompt_ids(prompts)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        stops = self._checked(rows, max_new_tokens, num_samples, seed, stop)
+        if not rows:
+            return []
+        run = self.engine.start(
+            rows, max_new_tokens=max_new_tokens, sampling=sampling, num_samples=num_samples, seed=seed
+        )
+        texts = [RowText(self.tokenizer, stops, self.config.eos_token_ids) for _ in range(run.num_rows)]
+        logprob_rows: list[list[float]] = [[] for _ in texts]
+        while not run.finished:
+            tokens, new_logprobs = run.next_chunk(CHUNK)
+            for row, text in enumerate(texts):
+                text.push(tokens[row])
+                logprob_rows[row].extend(new_logprobs[row])
+                if text.stopped:
+                    run.stop(row)
+        completions = []
+        for row, text in enumerate(texts):
+            text.finish()
+            prompt_index, sample_index = divmod(row, num_samples)
+            whole = text.text
+            if return_full_text:
+                whole = self._prompt_text(prompts, rows, prompt_index) + whole
+            completions.append(
+                Completion(
+                    text=None if self.tokenizer is None else whole,
+                    token_ids=text.token_ids,
+                    logprobs=logprob_rows[row][: len(text.token_ids)] if logprobs else None,
+                    finish_reason="stop" if text.stopped else "length",
+                    prompt_index=prompt_index,
+                    sample_index=sample_index,
+                )
+            )
+        return completions
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: int | float = 0.0,
+        top_k: int | None = None,
+        top_p: int | float | None = None,
+        min_p: int | float | None = None,
+        repetition_penalty: int | float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        return_full_text: bool = False,
+    ) -> Iterator[str]:
+        """Yields the text of `generate(prompt, ...)` as it is made.
+
+        Only whole characters, and nothing that a stop string would take back. Arguments as for `generate`;
+        they are checked at once, before the first text is asked for.
+
+        Raises:
+          RequestError: as `generate`; also where there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError("this model has no tokenizer, so it cannot stream text: use generate, which returns ids")
+        rows = self._prompt_ids(prompt)
+        if len(rows) != 1:
+            raise RequestError(f"stream takes one prompt and got {len(rows)}: use generate for several")
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        stops = self._checked(rows, max_new_tokens, 1, seed, stop)
+        before = self._prompt_text(prompt, rows, 0) if return_full_text else ""
+        return self._stream(rows, max_new_tokens, sampling, stops, seed, before)
+
+    def _stream(
+        self,
+        rows: list[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stops: tuple[str, ...],
+        seed: int,
+        before: str,
+    ) -> Iterator[str]:
+        if before:
+            yield before
+        run = self.engine.start(rows, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+        text = RowText(self.tokenizer, stops, self.config.eos_token_ids)
+        # Short chunks first, so that text shows at once; then 8, small enough to read along.
+        size = 1
+        while not run.finished and not text.stopped:
+            tokens, _ = run.next_chunk(size)
+            size = min(2 * size, 8)
+            if piece := text.push(tokens[0]):
+                yield piece
+        if piece := text.finish():
+            yield piece
+
+    def _prompt_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        """Each prompt as ids."""
+        rows = []
+        for index, prompt in enumerate(_as_list(prompts)):
+            if isinstance(prompt, str):
+                if self.tokenizer is None:
+                    raise RequestError("this model has no tokenizer: give prompts as lists of token ids")
+                prompt = self.tokenizer.encode(prompt)
+            rows.append(self._checked_ids(prompt, f"prompt {index}"))
+        return rows
+
+    def _checked_ids(self, ids: Sequence[int] | np.ndarray | Array, name: str) -> list[int]:
+        array = np.asarray(ids)
+        if array.size == 0:
+            raise RequestError(f"{name} is empty: it must have at least one token")
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise RequestError(
+                f"{name} is {type(ids).__name__} of {array.dtype}: it must be text or a list of token ids"
+            )
+        if array.min() < 0 or array.max() >= self.config.vocab_size:
+            wrong = array.min() if array.min() < 0 else array.max()
+            raise RequestError(f"{name} has the token id {wrong}: ids go from 0 to {self.config.vocab_size - 1}")
+        return array.tolist()
+
+    def _checked(
+        self,
+        rows: list[list[int]],
+        max_new_tokens: int,
+        num_samples: int,
+        seed: int,
+        stop: str | Sequence[str],
+    ) -> tuple[str, ...]:
+        """The stop strings, after a look at everything else that a request says."""
+        _check_integer("max_new_tokens", max_new_tokens, 1)
+        _check_integer("num_samples", num_samples, 1)
+        _check_integer("seed", seed, 0)
+        stops = check_stop_strings(stop)
+        if stops and self.tokenizer is None:
+            raise RequestError("stop needs a tokenizer, and this model has none")
+        if rows:
+            longest = max(map(len, rows))
+            self.engine.check(longest, len(rows), num_samples, max_new_tokens)
+            self._warn_of_length(longest + max_new_tokens)
+        return stops
+
+    def _warn_of_length(self, num_tokens: int) -> None:
+        # ALiBi extrapolates, and dynamic scaling adapts to any length.
+        rope = self.config.rope
+        if rope is not None and rope.scaling != "dynamic" and num_tokens > self.config.max_tokens:
+            warnings.warn(
+                f"prompt and max_new_tokens come to {num_tokens} tokens; this model's RoPE was trained on "
+                f"{self.config.max_tokens}, and text past that is likely to be poor",
+                stacklevel=4,
+            )
+
+    def _prompt_text(self, prompts: Prompt | Sequence[Prompt], rows: list[list[int]], index: int) -> str:
+        prompt = _as_list(prompts)[index]
+        if isinstance(prompt, str):
+            return prompt
+        return "" if self.tokenizer is None else self.tokenizer.decode(rows[index])
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of a number or of text such as "68GiB", "500 MB" or "1.5e9".
+
+    Raises:
+      ValueError: neither of these, or not above 0.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
+    if match and match[2].upper() in UNITS and match[1].count(".") <= 1 and match[1] != ".":
+        num_bytes = int(float(match[1]) * UNITS[match[2].upper()])
+        if num_bytes > 0:
+            return num_bytes
+    raise ValueError(
+        f'memory_budget={size!r} is not a size: give bytes, or a number and a unit as in "68GiB" or "40GB"'
+    )
+
+
+def _read_config(source: str | Path) -> FalconConfig:
+    """The configuration of a checkpoint, without its weights."""
+    folder = hub.local_folder(source)
+    return manifest.Manifest.read(folder).config if manifest.is_converted(folder) else FalconConfig.from_hf(folder)
+
+
+def _left_for_cache(config: FalconConfig, dtype: Any, mesh: Mesh | None, budget: int) -> int:
+    """Bytes of `budget` that the weights leave on a device, enough for a row of the trained length."""
+    leaves = model_params.flatten(model_params.abstract(config, dtype))
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    cache = cache_bytes(config, 1, config.max_tokens, dtype)
+    if mesh is not None:
+        shapes = {path: sharding.param_sharding(path, shape, mesh).shard_shape(shape) for path, shape in shapes.items()}
+        row = (1, config.max_tokens, config.num_kv_heads, config.head_dim)
+        cache = cache * math.prod(sharding.cache_sharding(row, mesh).shard_shape(row)) // math.prod(row)
+    weights = sum(map(math.prod, shapes.values())) * jnp.dtype(dtype).itemsize
+    if weights + cache > budget:
+        gib = 2**30
+        raise ValueError(
+            f"memory_budget of {budget / gib:.2f} GiB is too small: on each device the weights take "
+            f"{weights / gib:.2f} GiB and a cache of {config.max_tokens} tokens {cache / gib:.3f} GiB"
+        )
+    return budget - weights
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """A single prompt, text or ids, becomes a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    return [several] if several and all(isinstance(item, (int, np.integer)) for item in several) else several
+
+
+def _check_integer(name: str, value: object, smallest: int) -> None:
+    # Seeds and counts go through int32.
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not smallest <= value < 2**31:
+        raise RequestError(f"{name}={value!r} is out of range: it must be an integer from {smallest} to {2**31 - 1}")

@@ -1,0 +1,3 @@
+"""Generation: array shapes (batching), the choice of a token (sampling), the end of a row (stopping), what
+the cache can hold (limits), and the engine around the model, which knows ids alone.
+"""

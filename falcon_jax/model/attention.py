@@ -1,0 +1,61 @@
+"""Falcon's self-attention: the four projections, positions, and the cache write around the attention kernel."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+import pallas_kernels.flash_attention as flash_attention
+from falcon_jax.config import FalconConfig
+from falcon_jax.model import cache as kv_cache
+from falcon_jax.model import positions
+from falcon_jax.model.linear import Linear
+from falcon_jax.model.step import Step
+from pallas_kernels.flash_attention.reference import attention_probabilities
+
+
+class Attention(nnx.Module):
+    """Multi-head, grouped-query or multi-query attention, as K == N, 1 < K < N or K == 1."""
+
+    def __init__(self, config: FalconConfig):
+        D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_dim
+        self.rotates_cached_keys = positions.keeps_unrotated_keys(config)
+        self.query = Linear((D,), (N, H), bias=config.bias)
+        self.key = Linear((D,), (K, H), bias=config.bias)
+        self.value = Linear((D,), (K, H), bias=config.bias)
+        self.output = Linear((N, H), (D,), bias=config.bias)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], step: Step, slots: tuple[Array, Array] | None
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """Returns the attention output and, where `slots` (this layer's cached keys and values) came in, the new ones."""
+        q, k = self._queries_and_keys(x, step)
+        v = self.value(x)
+        if slots is None:
+            k = self._rotate_late(k, step)
+            out = flash_attention.attention(q, k, v, **step.attention_arguments())
+            return self.output(out), None
+
+        keys = kv_cache.write(slots[0], k, step.offsets)
+        values = kv_cache.write(slots[1], v, step.offsets)
+        out = flash_attention.attention(
+            q, self._rotate_late(keys, step), values, query_offset=step.offsets, **step.attention_arguments()
+        )
+        return self.output(out), (keys, values)
+
+    def probabilities(self, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B N T T"]:
+        """What each query gives to each key, in float32: for looking at, not on any fast path."""
+        q, k = self._queries_and_keys(x, step)
+        k = self._rotate_late(k, step)
+        scale = q.shape[-1] ** -0.5
+        return attention_probabilities(q, k, step.offsets, None, step.slopes, step.alibi, scale)
+
+    def _queries_and_keys(self, x: Array, step: Step) -> tuple[Array, Array]:
+        q, k = self.query(x), self.key(x)
+        if step.rotary is not None:
+            q = positions.rotate(q, *step.rotary)
+            if not self.rotates_cached_keys:
+                k = positions.rotate(k, *step.rotary)
+        return q, k
+
+    def _rotate_late(self, keys: Array, step: Step) -> Array:
+        """Under dynamic scaling, turns all keys of the row by the frequencies of its present length."""
+        return positions.rotate(keys, *step.key_rotary) if step.key_rotary is not None else keys

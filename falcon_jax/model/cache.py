@@ -1,0 +1,73 @@
+"""The KV cache: K heads a layer, never N, with a length of its own for each row.
+
+Row b's token at position p lives in slot p. What lies past `lengths[b]` is garbage that nobody reads: a later write
+covers it before causality lets a query see it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from falcon_jax import sharding
+from falcon_jax.config import FalconConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class KVCache:
+    """Keys and values of all layers. Pass it through jit donated: every step returns a new one in the same memory."""
+
+    keys: tuple[Float[Array, "B S K H"], ...]  # a layer each; before rotation under dynamic RoPE scaling
+    values: tuple[Float[Array, "B S K H"], ...]
+    lengths: Int[Array, " B"]  # tokens held by each row
+
+    @classmethod
+    def create(
+        cls, config: FalconConfig, batch_size: int, capacity: int, dtype: DTypeLike, mesh: Mesh | None = None
+    ) -> KVCache:
+        """An empty cache of `capacity` slots a row, on the default device or laid out over `mesh`."""
+        shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
+        device = None if mesh is None else sharding.cache_sharding(shape, mesh)
+        rows = None if mesh is None else sharding.batch_sharding((batch_size,), mesh)
+
+        def empty() -> tuple[Array, ...]:
+            return tuple(jnp.zeros(shape, dtype, device=device) for _ in range(config.num_layers))
+
+        return cls(empty(), empty(), jnp.zeros(batch_size, jnp.int32, device=rows))
+
+    @property
+    def capacity(self) -> int:
+        """Slots a row."""
+        return self.keys[0].shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys[0].shape[0]
+
+    def repeat(self, num_copies: int) -> KVCache:
+        """Each row `num_copies` times, copies side by side: for several samples of one prompt."""
+        return jax.tree.map(lambda x: jnp.repeat(x, num_copies, axis=0), self)
+
+
+def write(
+    slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], lengths: Int[Array, " B"]
+) -> Float[Array, "B S K H"]:
+    """Puts row b's T new entries into slots lengths[b] + t. Entries past the capacity are dropped."""
+    T = new.shape[1]
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+    columns = lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    return slots.at[rows, columns].set(
+        new.astype(slots.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+
+
+def cache_bytes(config: FalconConfig, batch_size: int, num_tokens: int, dtype: DTypeLike) -> int:
+    """Bytes that keys and values of `batch_size` rows of `num_tokens` tokens take."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return batch_size * num_tokens * per_token

@@ -1,0 +1,162 @@
+"""The Falcon decoder, one module for every published variant.
+
+Sequential blocks (RW):     h = x + attention(norm_1(x));  y = h + mlp(norm_2(h))
+Parallel blocks (the rest): y = (mlp(norm_m(x)) + attention(norm_a(x))) + x, where norm_m is norm_a or a second norm
+
+Source: Almazrouei et al., The Falcon Series of Open Language Models (2023), and modeling_falcon.py of transformers,
+whose order of additions and roundings is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from falcon_jax.config import FalconConfig
+from falcon_jax.model.attention import Attention
+from falcon_jax.model.cache import KVCache
+from falcon_jax.model.linear import LayerNorm, Linear, declare
+from falcon_jax.model.step import ForwardOptions, Step, spans
+
+__all__ = ["FalconDecoder", "ForwardOptions"]
+
+
+class Embedding(nnx.Module):
+    """Token vectors; with a tied head also the output projection."""
+
+    def __init__(self, config: FalconConfig):
+        self.weight = declare((config.vocab_size, config.width), "normal")
+
+    def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.weight[...][token_ids]
+
+
+class MLP(nnx.Module):
+    """Up, exact GELU (erf, not tanh), down."""
+
+    def __init__(self, config: FalconConfig):
+        self.up = Linear((config.width,), (config.mlp_width,), bias=config.bias)
+        self.down = Linear((config.mlp_width,), (config.width,), bias=config.bias)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden = self.up(x)
+        return self.down(jax.nn.gelu(hidden.astype(jnp.float32), approximate=False).astype(hidden.dtype))
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, one after the other or side by side."""
+
+    def __init__(self, config: FalconConfig):
+        self.parallel = config.block == "parallel"
+        self.dropout_rate = config.hidden_dropout
+        self.attention_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
+        if config.num_norms == 2:
+            self.mlp_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], step: Step, slots: tuple[Array, Array] | None
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        normed = self.attention_norm(x)
+        attended, slots = self.attention(normed, step, slots)
+        if not self.parallel:
+            x = self._dropout(attended, step, 0) + x
+            return self._dropout(self.mlp(self.mlp_norm(x)), step, 1) + x, slots
+        if hasattr(self, "mlp_norm"):
+            normed = self.mlp_norm(x)
+        return self._dropout(self.mlp(normed) + attended, step, 0) + x, slots
+
+    def _dropout(self, x: Array, step: Step, place: int) -> Array:
+        """Zeroes what a block adds to the residual, entry by entry with the configured probability, in training."""
+        if step.dropout_key is None or self.dropout_rate == 0.0:
+            return x
+        key = jax.random.fold_in(step.dropout_key, place)
+        # 16 random bits decide well enough, and making them costs half of what 32 do.
+        drawn = jax.random.bits(key, x.shape, jnp.uint16)
+        kept = drawn >= round(self.dropout_rate * 2**16)
+        return jnp.where(kept, x / (1.0 - self.dropout_rate), 0).astype(x.dtype)
+
+
+class FalconDecoder(nnx.Module):
+    """Embedding, L blocks, final norm and head. Built without arrays; get a working one from `params.bind`."""
+
+    def __init__(self, config: FalconConfig, options: ForwardOptions):
+        self.config = config
+        self.options = options
+        self.embed = Embedding(config)
+        self.layers = nnx.List([Block(config) for _ in range(config.num_layers)])
+        self.final_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear((config.width,), (config.vocab_size,), bias=False)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B T"],
+        *,
+        cache: KVCache | None = None,
+        num_tokens: Int[Array, " B"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """The final hidden states of T tokens a row, and the cache that now holds them.
+
+        Args:
+          token_ids: rows padded on the right; padding may be any valid id.
+          cache: what the rows hold already; row b's tokens continue at position cache.lengths[b]. None starts at 0
+            and keeps nothing.
+          num_tokens: how many of each row's T tokens are real; None means all.
+          dropout_key: in training, drops what blocks add with the probability config.hidden_dropout; None: never.
+
+        Returns:
+          Hidden states [B, T, D] in the parameters' dtype (at padding: finite, meaningless) and the cache with each
+          row's length advanced by num_tokens, None where none came in.
+        """
+        B, T = token_ids.shape
+        offsets, ends = spans(cache, B, T, num_tokens)
+        capacity = T if cache is None else cache.capacity
+        step = Step.begin(self.config, self.options, T, offsets, ends, capacity)
+
+        x = self.embed(token_ids)
+        keys, values = [], []
+        for i, block in enumerate(self.layers):
+            slots = None if cache is None else (cache.keys[i], cache.values[i])
+            if dropout_key is not None:
+                step = dataclasses.replace(step, dropout_key=jax.random.fold_in(dropout_key, i))
+            with jax.named_scope(f"layer_{i}"):
+                x, slots = self._run(block, x, step, slots)
+            if slots is not None:
+                keys.append(slots[0])
+                values.append(slots[1])
+        x = self.final_norm(x)
+        return x, None if cache is None else KVCache(tuple(keys), tuple(values), ends)
+
+    def _run(self, block: Block, x: Array, step: Step, slots: tuple[Array, Array] | None):
+        if not self.options.remat:
+            return block(x, step, slots)
+        return jax.checkpoint(lambda x: block(x, step, slots))(x)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states: the product in the parameters' dtype with float32 accumulation."""
+        with jax.named_scope("logits"):
+            if self.config.tie_word_embeddings:
+                weight = self.embed.weight[...]
+                contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+            else:
+                weight = self.lm_head.weight[...]
+                contract = (((hidden.ndim - 1,), (0,)), ((), ()))
+            return jax.lax.dot_general(hidden, weight, contract, preferred_element_type=jnp.float32)
+
+    def attention_probabilities(self, token_ids: Int[Array, "B T"], layer: int) -> Float[Array, "B N T T"]:
+        """What each query of `layer` (0 .. L-1) gives to each key, in float32."""
+        B, T = token_ids.shape
+        offsets, ends = spans(None, B, T, None)
+        step = Step.begin(self.config, self.options, T, offsets, ends, T)
+        x = self.embed(token_ids)
+        for block in list(self.layers)[:layer]:
+            x, _ = block(x, step, None)
+        block = self.layers[layer]
+        return block.attention.probabilities(block.attention_norm(x), step)

@@ -1,0 +1,53 @@
+"""Parameters with their declarations, the linear projection and the layer norm."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def declare(shape: tuple[int, ...], init: str) -> nnx.Param:
+    """A parameter's one declaration: its shape, and how `params.init` fills it ("normal", "ones" or "zeros").
+
+    Modules are built without arrays; `params.bind` puts the real ones in.
+    """
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), init=init)
+
+
+class Linear(nnx.Module):
+    """A product with a weight of any shape [*inputs, *outputs], then the bias [*outputs].
+
+    As in FalconLinear of modeling_falcon.py the product is rounded to the model's dtype before the bias is added.
+    """
+
+    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool):
+        self.num_inputs = len(inputs)
+        self.weight = declare((*inputs, *outputs), "normal")
+        if bias:
+            self.bias = declare(outputs, "zeros")
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        weight = self.weight[...]
+        inputs, outputs = weight.shape[: self.num_inputs], weight.shape[self.num_inputs :]
+        leading = x.shape[: x.ndim - self.num_inputs]
+        # One plain matrix product, whatever the shapes: XLA has its fast paths for those.
+        product = x.reshape(*leading, math.prod(inputs)) @ weight.reshape(math.prod(inputs), math.prod(outputs))
+        product = product.reshape(*leading, *outputs)
+        return product + self.bias[...] if hasattr(self, "bias") else product
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis: statistics and affine in float32, rounded once to the input's dtype."""
+
+    def __init__(self, width: int, *, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = declare((width,), "ones")
+        self.bias = declare((width,), "zeros")
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,124 @@
+"""Parameters as a plain tree of arrays: the only place that splits, merges or initialises Flax modules.
+
+A parameter's path joins the tree's keys with dots, as in "layers.3.attention.query.weight"; checkpoints, sharding
+rules and optimizer masks all speak in these paths.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from falcon_jax import sharding
+from falcon_jax.config import FalconConfig
+from falcon_jax.model.decoder import FalconDecoder
+from falcon_jax.model.step import ForwardOptions
+
+# Nested dicts with arrays (or ShapeDtypeStructs) as leaves; layers are keyed by their number.
+Params = dict[str, Any]
+
+
+def abstract(config: FalconConfig, dtype: DTypeLike) -> Params:
+    """The tree with a jax.ShapeDtypeStruct for each parameter, all of `dtype`. Allocates nothing."""
+    declared = nnx.to_pure_dict(_declared(config, ForwardOptions())[1])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), declared)
+
+
+def init(config: FalconConfig, key: Array, dtype: DTypeLike, mesh: Mesh | None = None) -> Params:
+    """Random parameters: weights normal with the configured standard deviation, norms one, biases zero.
+
+    Each array is made on its device, laid out over `mesh` where one is given, in `dtype` from the start.
+    """
+    kinds = {".".join(map(str, path)): param.init for path, param in _walk_declared(config)}
+    made = {}
+    for number, (path, leaf) in enumerate(flatten(abstract(config, dtype)).items()):
+        layout = None if mesh is None else sharding.param_sharding(path, leaf.shape, mesh)
+        fill = _filler(kinds[path], leaf.shape, leaf.dtype, config.initializer_range, layout)
+        made[path] = fill(jax.random.fold_in(key, number))
+    return unflatten(made)
+
+
+def bind(config: FalconConfig, params: Params, options: ForwardOptions | None = None) -> FalconDecoder:
+    """The decoder over `params`. Call it inside the jitted function that takes `params` as its argument.
+
+    Raises:
+      ValueError: `params` is not the tree that `config` describes.
+    """
+    graph, state = _declared(config, options or ForwardOptions())
+    expected, given = flatten(nnx.to_pure_dict(state)), flatten(params)
+    wrong = [path for path, leaf in expected.items() if path not in given or given[path].shape != leaf.shape]
+    wrong += [path for path in given if path not in expected]
+    if wrong:
+        raise ValueError(f"these parameters do not fit the configuration: {', '.join(wrong[:5])} ({len(wrong)} in all)")
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Dotted path -> leaf, in the model's order (embedding, layers by number, final norm, head)."""
+    return dict(sorted(_walk(params, ""), key=lambda item: _model_order(item[0])))
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Params:
+    """The nested tree of dotted paths."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split(".")
+        node: dict[Any, Any] = tree
+        for parent in parents:
+            node = node.setdefault(int(parent) if parent.isdigit() else parent, {})
+        node[name] = leaf
+    return tree
+
+
+def num_bytes(params: Params) -> int:
+    """Bytes of all arrays together, counting each once whatever its sharding."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+
+
+@functools.lru_cache(maxsize=64)
+def _declared(config: FalconConfig, options: ForwardOptions) -> tuple[Any, Any]:
+    """The module's graph and its abstract state, made once a configuration."""
+    return nnx.split(FalconDecoder(config, options))
+
+
+def _walk_declared(config: FalconConfig) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    yield from nnx.to_flat_state(_declared(config, ForwardOptions())[1])
+
+
+@functools.lru_cache(maxsize=64)
+def _filler(kind: str, shape: tuple[int, ...], dtype: DTypeLike, std: float, layout: Any):
+    """A compiled function key -> array; arrays of one shape share it."""
+
+    def fill(key: Array) -> Array:
+        if kind == "normal":
+            return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+        return jnp.full(shape, 1 if kind == "ones" else 0, dtype)
+
+    return jax.jit(fill, out_shardings=layout)
+
+
+def _walk(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, child in node.items():
+        path = f"{prefix}{name}"
+        if isinstance(child, Mapping):
+            yield from _walk(child, f"{path}.")
+        else:
+            yield path, child
+
+
+def _model_order(path: str) -> tuple:
+    parts = path.split(".")
+    sections = {"embed": 0, "layers": 1, "final_norm": 2, "lm_head": 3}
+    parts_of_a_layer = {"attention_norm": 0, "mlp_norm": 1, "attention": 2, "mlp": 3}
+    if parts[0] == "layers":
+        return (1, int(parts[1]), parts_of_a_layer.get(parts[2], 9), *parts[3:])
+    return (sections.get(parts[0], 9), *parts[1:])

@@ -1,0 +1,75 @@
+"""What all layers of one forward pass share: positions, angles, slopes and the caller's options."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from falcon_jax.config import FalconConfig
+from falcon_jax.model import positions
+from falcon_jax.model.cache import KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardOptions:
+    """How to run the model, as opposed to what it is. Hashable: part of every compilation key.
+
+    alibi: "float32" (exact, and needed past the trained length) or "hf_bf16" (the rounding of transformers).
+    attention: `implementation` of pallas_kernels.flash_attention.attention; None picks the best that works.
+    remat: compute each block again in the backward pass instead of keeping its activations.
+    """
+
+    alibi: str = "float32"
+    attention: str | None = None
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.alibi not in ("float32", "hf_bf16"):
+            raise ValueError(f"alibi={self.alibi!r} is unknown; known are 'float32' and 'hf_bf16'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Computed once a forward pass, read by every layer."""
+
+    offsets: Int[Array, " B"]  # position of each row's first token
+    slopes: Float[Array, " N"] | None  # ALiBi
+    rotary: tuple[Float[Array, "B T H"], Float[Array, "B T H"]] | None  # cos and sin at the tokens
+    key_rotary: tuple[Float[Array, "B S H"], Float[Array, "B S H"]] | None  # cos and sin at all keys, dynamic RoPE
+    alibi: str
+    implementation: str | None
+    dropout_key: Key[Array, ""] | None = None  # the layer's own, in training
+
+    @classmethod
+    def begin(
+        cls,
+        config: FalconConfig,
+        options: ForwardOptions,
+        num_columns: int,
+        offsets: Array,
+        ends: Array,
+        capacity: int,
+    ) -> Step:
+        """For T = `num_columns` tokens a row from position `offsets`, rows ending at `ends`, `capacity` keys."""
+        slopes = rotary = key_rotary = None
+        if config.rope is None:
+            slopes = jnp.asarray(positions.alibi_slopes(config.num_heads))
+        else:
+            tokens = offsets[:, None] + jnp.arange(num_columns, dtype=jnp.int32)[None, :]
+            rotary = positions.rotary_angles(config.rope, config.head_dim, tokens, ends)
+            if positions.keeps_unrotated_keys(config):
+                keys = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (offsets.shape[0], capacity))
+                key_rotary = positions.rotary_angles(config.rope, config.head_dim, keys, ends)
+        return cls(offsets, slopes, rotary, key_rotary, options.alibi, options.attention)
+
+    def attention_arguments(self) -> dict:
+        """The keyword arguments that every layer's attention call has in common."""
+        return {"slopes": self.slopes, "alibi": self.alibi, "implementation": self.implementation}
+
+
+def spans(cache: KVCache | None, batch_size: int, num_columns: int, num_tokens: Array | None) -> tuple[Array, Array]:
+    """Each row's first position and the position after its last real token, both [B] int32."""
+    offsets = jnp.zeros(batch_size, jnp.int32) if cache is None else cache.lengths
+    return offsets, offsets + (num_columns if num_tokens is None else num_tokens.astype(jnp.int32))

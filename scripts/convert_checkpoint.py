@@ -1,0 +1,61 @@
+"""Converts a Hugging Face Falcon (a folder, or a model on the hub) into a checked folder that loads fast.
+
+Needs memory for two of the largest tensors, whatever the model's size. Interrupted, the same command goes on.
+
+python scripts/convert_checkpoint.py ~/models/falcon-7b ~/models/falcon-7b-jax
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder with config.json and safetensors, or a hub id such as tiiuae/falcon-7b."""
+    destination: Annotated[Path, tyro.conf.Positional]
+    """Folder to make; it may hold this conversion, interrupted."""
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """What the weights are stored as; as they are if left out."""
+    weights: Literal["native"] = "native"
+    """Kind of weights."""
+    allow_pickle: bool = False
+    """Also reads pytorch_model*.bin, with torch >= 2.10; a pickle can run code, so only from a source you trust."""
+    overwrite: bool = False
+    """Replaces a finished checkpoint in the destination."""
+    quiet: bool = False
+    """Shows no progress bar."""
+
+
+def main() -> int:
+    """The exit code: 0 done, 2 not to be done, 130 interrupted."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    from falcon_jax.checkpoint import CheckpointError, convert
+    from falcon_jax.errors import ConfigError
+
+    try:
+        convert(
+            arguments.source,
+            arguments.destination,
+            dtype=arguments.dtype,
+            weights=arguments.weights,
+            allow_pickle=arguments.allow_pickle,
+            overwrite=arguments.overwrite,
+            progress=not arguments.quiet,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(arguments.destination)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Continues a prompt (argument, file or stdin) with the bundled falcon-nano or any Falcon checkpoint.
+
+python scripts/generate.py "The lighthouse keeper"
+echo "It was a dark night" | python scripts/generate.py --temperature 0.8 --top-p 0.95 --json
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from falcon_jax import Falcon
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Continues a prompt with a Falcon model."""
+
+    prompt: Annotated[str | None, tyro.conf.Positional] = None
+    """The text to continue; without it, --file or stdin."""
+    file: Path | None = None
+    """Reads the prompt from this file."""
+    model: str | None = None
+    """Orbax folder, Hugging Face folder or hub id; the bundled falcon-nano if left out."""
+    max_new_tokens: int = 128
+    """Most tokens to make."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Chooses among the k likeliest tokens."""
+    top_p: float | None = None
+    """Chooses among the likeliest tokens that together reach this probability."""
+    min_p: float | None = None
+    """Drops tokens below this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that are there already less likely."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Ends the text before this string; may be given several times."""
+    num_samples: int = 1
+    """Completions to make."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """What the model computes in."""
+    alibi: Literal["float32", "hf_bf16"] = "float32"
+    """hf_bf16 rounds as transformers does."""
+    max_cache_tokens: int | None = None
+    """Most tokens of prompt and continuation; 8 times the trained length, at least 32768, if left out."""
+    full_text: bool = False
+    """Prints the prompt's text before its continuation."""
+    json: bool = False
+    """Prints one JSON document: text, token ids, log probabilities, finish reason, timing."""
+
+
+def main(arguments: Arguments) -> None:
+    prompt = read_prompt(arguments)
+    from falcon_jax import Falcon  # late: --help and a missing prompt need not wait for JAX
+
+    begin = time.perf_counter()
+    model = Falcon.from_checkpoint(
+        arguments.model,
+        dtype=arguments.dtype,
+        alibi=arguments.alibi,
+        max_cache_tokens=arguments.max_cache_tokens,
+    )
+    load_s = time.perf_counter() - begin
+    options: dict[str, Any] = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "min_p": arguments.min_p,
+        "repetition_penalty": arguments.repetition_penalty,
+        "stop": arguments.stop,
+        "seed": arguments.seed,
+        "return_full_text": arguments.full_text,
+    }
+    if arguments.json:
+        print_json(model, prompt, options, arguments.num_samples, load_s)
+    elif arguments.num_samples == 1 and model.tokenizer is not None:
+        for piece in model.stream(prompt, **options):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        for completion in model.generate(prompt, num_samples=arguments.num_samples, **options):
+            if arguments.num_samples > 1:
+                print(f"--- sample {completion.sample_index + 1} of {arguments.num_samples}")
+            print(completion.text)
+
+
+def read_prompt(arguments: Arguments) -> str:
+    """The prompt's text, less the line break that ends a file or a line of stdin."""
+    from falcon_jax.errors import RequestError
+
+    if arguments.prompt is not None and arguments.file is not None:
+        raise RequestError("there are two prompts: give one as the argument or with --file, not both")
+    if arguments.prompt is not None:
+        prompt = arguments.prompt
+    elif arguments.file is not None:
+        try:
+            prompt = arguments.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--file {arguments.file} cannot be read: {error}") from error
+    elif sys.stdin.isatty():
+        raise RequestError("there is no prompt: give one as the argument, with --file or on stdin")
+    else:
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the prompt on stdin is not UTF-8: {error}") from error
+    if arguments.prompt is None:
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
+    if not prompt:
+        raise RequestError("the prompt is empty: it must have at least one character")
+    return prompt
+
+
+def print_json(model: "Falcon", prompt: str, options: dict[str, Any], num_samples: int, load_s: float) -> None:
+    begin = time.perf_counter()
+    completions = model.generate(prompt, num_samples=num_samples, logprobs=True, **options)
+    generate_s = time.perf_counter() - begin
+    num_tokens = sum(len(completion.token_ids) for completion in completions)
+    document = {
+        "prompt": prompt,
+        "completions": [dataclasses.asdict(completion) for completion in completions],
+        "timing": {
+            "load_s": round(load_s, 4),
+            "generate_s": round(generate_s, 4),  # compilation included
+            "num_tokens": num_tokens,
+            "tokens_per_s": round(num_tokens / generate_s, 2),
+        },
+    }
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def run() -> int:
+    """The exit code: 0 done, 2 not to be served, 130 interrupted, 141 nobody reads on."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit, into a pipe that is gone.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ValueError as error:
+        from falcon_jax.errors import CheckpointError, ConfigError, RequestError
+
+        if not isinstance(error, (CheckpointError, ConfigError, RequestError)):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

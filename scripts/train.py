@@ -1,0 +1,33 @@
+"""Trains a Falcon from scratch on text files. A run found in --output is resumed from its newest
+checkpoint."""
+
+import sys
+
+import tyro
+
+from falcon_jax.errors import CheckpointError, ConfigError
+from falcon_jax.train.loop import NotFiniteError, Trainer
+from falcon_jax.train.settings import TrainConfig
+
+SIGNALLED = 3  # exit code: stopped by a signal, with a checkpoint written
+
+
+def main() -> int:
+    try:
+        config = tyro.cli(tyro.conf.OmitArgPrefixes[TrainConfig], description=__doc__)
+        result = Trainer(config).run()
+    except (ConfigError, CheckpointError, NotFiniteError, OSError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    best = "not validated yet"
+    if result.best_step >= 0:
+        best = f"best on validation {result.bits_per_byte:.4f} bits a byte after step {result.best_step}"
+    if not result.is_complete:
+        print(f"{config.output}: checkpoint of step {result.step}; the same command goes on from there; {best}")
+        return SIGNALLED if result.was_signalled else 0
+    print(f"{config.output / 'model'}: {result.step} steps; {best}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from falcon_jax import sharding
+from falcon_jax.checkpoint.store import TrainCheckpoints
+from falcon_jax.errors import CheckpointError
+
+
+def make_state(scale=1.0):
+    params = {"embed": {"weight": jnp.arange(64.0).reshape(8, 8) * scale}, "layers": {0: {"b": jnp.ones(8) * scale}}}
+    return {"params": params, "optimizer": optax.adamw(1e-3).init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def equal(left, right):
+    return jax.tree.structure(left) == jax.tree.structure(right) and all(
+        np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right))
+    )
+
+
+def test_a_state_comes_back_with_its_structure_and_metadata(tmp_path):
+    state = make_state()
+    with TrainCheckpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest_step() is None
+        checkpoints.save(3, state, {"tokens": 12, "data": {"epoch": 1}})
+        checkpoints.wait()
+        restored, metadata = checkpoints.restore(jax.eval_shape(lambda: state))
+    assert equal(state, restored)
+    assert metadata == {"tokens": 12, "data": {"epoch": 1}}
+
+
+def test_a_state_may_be_donated_right_after_the_save(tmp_path):
+    state = make_state()
+    expected = jax.tree.map(np.array, state)
+    double = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 2 + 1, tree), donate_argnums=0)
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        for _ in range(5):
+            state = double(state)
+        checkpoints.wait()
+        assert equal(expected, checkpoints.restore(state)[0])
+
+
+def test_only_the_last_checkpoints_are_kept_and_the_latest_is_restored(tmp_path):
+    with TrainCheckpoints(tmp_path, max_to_keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_state(float(step)))
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [2, 3]
+    with TrainCheckpoints(tmp_path) as again:
+        assert again.latest_step() == 3
+        assert equal(again.restore(make_state())[0], make_state(3.0))
+        assert equal(again.restore(make_state(), step=2)[0], make_state(2.0))
+        with pytest.raises(CheckpointError, match="step 3 already"):
+            again.save(3, make_state())
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 1; there are \[2, 3\]"):
+            again.restore(make_state(), step=1)
+
+
+def test_a_state_saved_on_one_mesh_restores_onto_another(tmp_path, cpu_devices):
+    mesh = sharding.make_mesh(fsdp=4, tensor=2, devices=cpu_devices)
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    state = {"w": jax.device_put(jnp.arange(64.0).reshape(8, 8), spec)}
+    other = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        target = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=other)}
+        restored = checkpoints.restore(target)[0]["w"]
+    assert restored.sharding == other
+    assert np.array_equal(restored, state["w"])
+
+
+def test_another_state_is_refused_by_name(tmp_path):
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state())
+        checkpoints.wait()
+        state = make_state()
+        with pytest.raises(CheckpointError, match=r"lacks \['ema'\] \(1\)"):
+            checkpoints.restore({**state, "ema": jnp.zeros(2)})
+        state["params"]["embed"]["weight"] = jnp.zeros((8, 4))
+        with pytest.raises(CheckpointError, match=r"params.embed.weight is float32\[8, 8\], expected float32\[8, 4\]"):
+            checkpoints.restore(state)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=4096), jnp.float32)}
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        data = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 16
+        data.write_bytes(content)
+        with pytest.raises(CheckpointError, match="1"):
+            checkpoints.restore(state)
+
+
+def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(tmp_path):
+    program = textwrap.dedent("""
+        import sys, jax.numpy as jnp
+        from falcon_jax.checkpoint.store import TrainCheckpoints
+        checkpoints = TrainCheckpoints(sys.argv[1])
+        checkpoints.save(1, {"w": jnp.ones(1000)})
+        checkpoints.wait()
+        checkpoints.save(2, {"w": jnp.ones(1000)})
+        print("saving", flush=True)
+        checkpoints.wait()
+        for step in range(3, 1000):
+            checkpoints.save(step, {"w": jnp.ones(1000)})
+    """)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    with process, process.stdout:
+        assert process.stdout.readline() == b"saving\n"
+        process.send_signal(signal.SIGKILL)
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is not None
+        restored, _ = checkpoints.restore({"w": jnp.zeros(1000)})
+    assert np.array_equal(restored["w"], np.ones(1000))

@@ -1,0 +1,73 @@
+"""What every test runs under: eight simulated CPU devices, full float32 products, checked annotations.
+
+All of it has to happen before the first import of torch, of the packages under test, and before JAX makes
+its devices, so this file sets things up as it is imported. A test that starts a Python of its own starts
+without, except for the environment variables.
+"""
+
+import importlib.util
+import os
+
+# Two workers share two cores: with more threads than cores, torch's and BLAS's pools wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# On a GPU the workers share its memory, of which JAX otherwise takes three quarters at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["falcon_jax", "pallas_kernels"], "beartype.beartype")
+
+import hypothesis
+import jax
+import pytest
+
+NUM_CPU_DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
+# GPUs otherwise multiply float32 in tf32, three digits short of what parity asks for.
+jax.config.update("jax_default_matmul_precision", "highest")
+# Nearly all of a CPU test's time is LLVM's; without its optimizations the whole takes two thirds of that. XLA's own
+# passes (fusion, aliasing, partitioning) run as ever. Not on a GPU, whose kernels are to be the real ones.
+if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
+    jax.config.update("jax_disable_most_optimizations", True)
+
+# The first call of anything compiles, which no deadline allows for; the same examples every time, so that a
+# red run is red again.
+hypothesis.settings.register_profile(
+    "falcon_jax",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.differing_executors],
+)
+hypothesis.settings.load_profile("falcon_jax")
+
+
+def has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not has_gpu():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="session")
+def cpu_devices() -> list:
+    """The eight simulated devices, also on a machine whose default device is a GPU."""
+    devices = jax.devices("cpu")
+    assert len(devices) == NUM_CPU_DEVICES, f"JAX had made {len(devices)} CPU devices before conftest.py ran"
+    return devices
+
+
+@pytest.fixture
+def strict_numerics():
+    """Makes JAX refuse what it would promote in silence: mixed dtypes, and arrays of different rank."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

@@ -1,0 +1,163 @@
+"""The plain attention against float64 arithmetic, its blocked form against it, the `implementation=` contract."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+from falcon_jax.model.positions import alibi_slopes
+from pallas_kernels import dispatch
+from pallas_kernels.flash_attention import attention
+from pallas_kernels.flash_attention.cudnn import alibi_columns
+from pallas_kernels.flash_attention.reference import alibi_bias, attention_reference, attention_xla
+
+# B, T, S, N, K, H: multi-head, grouped, multi-query with an odd head count, single tokens, odd lengths.
+SHAPES = [(2, 7, 7, 4, 4, 8), (1, 13, 29, 6, 2, 16), (3, 1, 17, 5, 1, 8), (2, 33, 33, 7, 1, 24)]
+
+
+def draw(shape, dtype=jnp.float32, seed=0):
+    B, T, S, N, K, H = shape
+    keys = jax.random.split(jax.random.key(seed), 3)
+    q = jax.random.normal(keys[0], (B, T, N, H), dtype)
+    k = jax.random.normal(keys[1], (B, S, K, H), dtype)
+    v = jax.random.normal(keys[2], (B, S, K, H), dtype)
+    return q, k, v
+
+
+def naive(q, k, v, offset, lengths, slopes, scale):
+    """Loops in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, T, N, H = q.shape
+    out = np.zeros((B, T, N, H))
+    for b in range(B):
+        for t in range(T):
+            i = int(offset[b]) + t
+            end = min(i + 1, k.shape[1], int(lengths[b]))
+            if end == 0:
+                continue
+            for n in range(N):
+                kv = n // (N // k.shape[2])
+                scores = k[b, :end, kv] @ q[b, t, n]
+                if slopes is not None:
+                    scores = scores + float(slopes[n]) * (np.arange(end) - i)
+                weights = np.exp((scores - scores.max()) * scale)
+                out[b, t, n] = weights / weights.sum() @ v[b, :end, kv]
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_alibi", [False, True])
+def test_attention_equals_float64_loops(shape, with_alibi):
+    B, T, S, N, _, H = shape
+    q, k, v = draw(shape)
+    offset = jnp.asarray([S - T - min(b, S - T) for b in range(B)], jnp.int32)
+    lengths = jnp.asarray([S - 2 * b for b in range(B)], jnp.int32)
+    slopes = alibi_slopes(N) if with_alibi else None
+    jax_slopes = None if slopes is None else jnp.asarray(slopes)
+    out = attention(q, k, v, query_offset=offset, lengths=lengths, slopes=jax_slopes)
+    np.testing.assert_allclose(out, naive(q, k, v, offset, lengths, slopes, H**-0.5), atol=2e-6)
+
+
+def test_queries_that_see_no_key_give_zeros():
+    q, k, v = draw((2, 3, 5, 2, 1, 8))
+    out = attention(q, k, v, lengths=jnp.asarray([0, 5], jnp.int32))
+    assert not np.any(out[0]) and np.all(np.isfinite(out)) and np.any(out[1])
+
+
+@pytest.mark.parametrize("with_alibi", [False, True])
+def test_blocked_attention_and_its_gradients_equal_the_reference(with_alibi):
+    shape = (2, 45, 45, 6, 2, 8)
+    q, k, v = draw(shape)
+    slopes = jnp.asarray(alibi_slopes(6)) if with_alibi else None
+    offset = jnp.zeros(2, jnp.int32)
+    arguments = (offset, None, slopes, "float32", 8**-0.5)
+    # 4 B N S bytes a query: this allows 16 queries a block, three blocks, the last one short.
+    limit = 16 * 4 * 2 * 6 * 45
+
+    def loss(function, **options):
+        return lambda q, k, v: jnp.sum(jnp.sin(function(q, k, v, *arguments, **options)))
+
+    whole, blocked = loss(attention_reference), loss(attention_xla, max_scores_bytes=limit)
+    np.testing.assert_allclose(blocked(q, k, v), whole(q, k, v), rtol=1e-6)
+    for ours, expected in zip(jax.grad(blocked, (0, 1, 2))(q, k, v), jax.grad(whole, (0, 1, 2))(q, k, v), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=3e-6)
+
+
+def test_blocked_attention_never_holds_the_whole_score_array():
+    T, N = 2048, 4
+    q = jax.ShapeDtypeStruct((1, T, N, 8), jnp.float32)
+    k = jax.ShapeDtypeStruct((1, T, 1, 8), jnp.float32)
+    offset = jnp.zeros(1, jnp.int32)
+
+    def run(q, k, v):
+        return attention_xla(q, k, v, offset, None, None, "float32", 1.0, max_scores_bytes=2**20)
+
+    temporary = jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * N * T * T / 4, temporary
+
+
+@pytest.mark.parametrize("num_heads", [4, 6, 8, 71, 128])
+def test_extra_columns_carry_alibi_without_a_bias(num_heads):
+    """The independent form of ALiBi, which is also how cuDNN gets it: 8 more columns in q and k, no bias."""
+    q, k, v = draw((1, 600, 600, num_heads, 1, 16))
+    slopes = jnp.asarray(alibi_slopes(num_heads))
+    expected = attention(q, k, v, slopes=slopes, scale=0.25)
+    a, c = alibi_columns(slopes, 600, jnp.bfloat16)
+    wide_q = jnp.concatenate([q, jnp.broadcast_to(a.astype(jnp.float32), (1, 600, num_heads, 8))], -1)
+    wide_k = jnp.concatenate([k, jnp.broadcast_to(c.astype(jnp.float32)[None, :, None], (1, 600, 1, 8))], -1)
+    wide_v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 8)))
+    out = attention(wide_q, wide_k, wide_v, scale=0.25)[..., :16]
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_heads", [1, 4, 5, 64, 71])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hf_bf16_bias_has_the_very_bits_of_transformers(num_heads, dtype):
+    length, head_dim = 1500, 64
+    theirs = build_alibi_tensor(torch.ones(1, length, dtype=torch.long), num_heads, getattr(torch, dtype))
+    theirs = (theirs / math.sqrt(head_dim)).float().numpy().reshape(num_heads, length)
+    j = jnp.arange(length, dtype=jnp.int32)
+    ours = alibi_bias(
+        jnp.asarray(alibi_slopes(num_heads)),
+        j[None, -1:],
+        j,
+        rounding="hf_bf16",
+        scale=1 / math.sqrt(head_dim),
+        dtype=jnp.dtype(dtype),
+    )
+    np.testing.assert_allclose(ours[0, :, 0], theirs, rtol=2e-7)
+
+
+def test_one_token_of_bfloat16_stays_within_twice_the_error_of_plain_bfloat16():
+    shape = (2, 1, 300, 8, 1, 64)
+    q, k, v = draw(shape, jnp.bfloat16)
+    offset = jnp.asarray([299, 120], jnp.int32)
+    exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), query_offset=offset)
+    assert np.max(np.abs(attention(q, k, v, query_offset=offset) - exact)) < 2 * 2**-8
+
+
+def test_a_named_implementation_is_used_or_refused():
+    q, k, v = draw((1, 4, 4, 2, 1, 8))
+    with pytest.raises(NotImplementedError, match=r"cudnn.*GPU"):
+        attention(q, k, v, implementation="cudnn")
+    with pytest.raises(ValueError, match="'cudn' is unknown; known are xla, cudnn"):
+        attention(q, k, v, implementation="cudn")
+    candidates = {"fast": lambda: "too small", "floor": lambda: None}
+    assert dispatch.choose("kernel", None, candidates) == "floor"
+    with pytest.raises(NotImplementedError, match="too small"):
+        dispatch.choose("kernel", "fast", candidates)
+    with pytest.raises(NotImplementedError, match="fast: too small"):
+        dispatch.choose("kernel", None, {"fast": lambda: "too small"})
+
+
+def test_arguments_that_do_not_fit_are_named():
+    q, k, v = draw((1, 4, 4, 4, 3, 8))
+    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+        attention(q, k, v)
+    q, k, v = draw((1, 4, 4, 4, 2, 8))
+    with pytest.raises(ValueError, match="alibi='exact'"):
+        attention(q, k, v, alibi="exact")

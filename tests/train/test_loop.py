@@ -1,0 +1,197 @@
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from falcon_jax.config import FalconConfig
+from falcon_jax.errors import ConfigError
+from falcon_jax.model import params as model_params
+from falcon_jax.model.decoder import ForwardOptions
+from falcon_jax.train.loop import NotFiniteError, Trainer
+from falcon_jax.train.settings import TrainConfig
+
+
+def records(config: TrainConfig, kind: str) -> list[dict]:
+    lines = (config.output / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def bits_of(trainer: Trainer, config: FalconConfig) -> float:
+    """Bits per byte of the validation split by whole logits and float64 numpy, one window at a time."""
+    total_nats, length = 0.0, trainer.config.length
+    for document in trainer._valid.documents():
+        for start in range(0, len(document) - 1, length):
+            window = jnp.asarray(document[start : start + length + 1], jnp.int32)
+            decoder = model_params.bind(config, trainer.state["params"], ForwardOptions())
+            logits = np.asarray(decoder.logits(decoder(window[None, :-1])[0])[0], np.float64)
+            log_total = np.log(np.exp(logits).sum(-1))
+            total_nats += (log_total - logits[np.arange(len(window) - 1), window[1:]]).sum()
+    return total_nats / math.log(2) / trainer._valid.num_bytes
+
+
+def test_a_run_learns_and_reports_bits_per_byte(train_config: TrainConfig, model_config: FalconConfig) -> None:
+    trainer = Trainer(train_config)
+    result = trainer.run()
+    assert result.is_complete
+    losses = [record["loss"] for record in records(train_config, "train")]
+    assert losses[0] > 5.4  # log(296) is 5.7
+    assert losses[-1] < losses[0] - 1.5
+    last = records(train_config, "valid")[-1]
+    assert last["step"] == 20
+    assert last["bits_per_byte"] == pytest.approx(bits_of(trainer, model_config), rel=1e-5)
+    assert result.bits_per_byte == min(record["bits_per_byte"] for record in records(train_config, "valid"))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
+    train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer(train_config)
+    whole.run()
+
+    parts = dataclasses.replace(train_config, output=tmp_path / "parts")
+    first = Trainer(parts)
+    with monkeypatch.context() as context:
+        save = first._save
+
+        def killed_after_checkpoint() -> float:
+            save()
+            raise KeyboardInterrupt
+
+        context.setattr(first, "_save", killed_after_checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+    second = Trainer(parts)
+    assert second.step == 10
+    second.run()
+    for one, two in zip(jax.tree.leaves(whole.state), jax.tree.leaves(second.state), strict=True):
+        np.testing.assert_array_equal(one, two)
+    steps = [record["step"] for record in records(parts, "train")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 20
+    assert [r["bits_per_byte"] for r in records(parts, "valid")] == [
+        r["bits_per_byte"] for r in records(train_config, "valid")
+    ]
+
+
+def test_a_finished_run_writes_a_folder_that_transformers_loads(
+    train_config: TrainConfig, model_config: FalconConfig
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = Trainer(dataclasses.replace(train_config, steps=4))
+    trainer.run()
+    folder = train_config.output / "model"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)("the old sea", return_tensors="pt")["input_ids"]
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), trainer.state["params"])
+    decoder = model_params.bind(model_config, rounded, ForwardOptions(alibi="hf_bf16"))
+    ours = decoder.logits(decoder(jnp.asarray(ids.numpy(), jnp.int32))[0])
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, theirs(ids).logits.numpy(), atol=1e-4)
+
+
+def test_the_best_weights_are_kept_and_written_not_the_last(
+    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(dataclasses.replace(train_config, steps=9, validate_every=3))
+    nats = iter([50.0, 20.0, 30.0])
+    weights = []
+
+    def fake_nats(params: model_params.Params) -> float:
+        weights.append(np.asarray(params["final_norm"]["scale"]))
+        return next(nats)
+
+    written = []
+    monkeypatch.setattr(trainer, "validation_nats", fake_nats)
+    monkeypatch.setattr("falcon_jax.train.loop.write_model", lambda _, params, *rest: written.append(params))
+    assert trainer.run().best_step == 6
+    np.testing.assert_array_equal(written[0]["final_norm"]["scale"], weights[1])
+
+
+def test_a_time_budget_settles_the_number_of_steps_and_resuming_keeps_it(
+    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fake_steps(remaining_s: float, step_s: float, pauses: list[tuple[float, int]]) -> int:
+        asked.append((remaining_s, step_s, [every for _, every in pauses]))
+        return 4
+
+    monkeypatch.setattr("falcon_jax.train.schedule.steps_in_budget", fake_steps)
+    timed = dataclasses.replace(train_config, steps=None, time_budget_s=1e6, warmup_steps=10)
+    result = Trainer(timed).run()
+    assert (result.is_complete, result.step) == (True, 14)
+    [(remaining_s, step_s, every)] = asked
+    assert 0 < step_s < remaining_s < 1e6
+    assert every == [timed.validate_every, timed.checkpoint_every]
+    assert Trainer(timed).total_steps == 14
+
+
+def test_max_seconds_leaves_a_checkpoint_to_go_on_from(train_config: TrainConfig) -> None:
+    result = Trainer(dataclasses.replace(train_config, max_seconds=0.001)).run()
+    assert (result.is_complete, result.was_signalled, result.step) == (False, False, 1)
+    assert Trainer(train_config).step == 1
+
+
+def test_sigterm_leaves_a_checkpoint(train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(train_config)
+    advance = trainer._advance
+
+    def advance_and_signal(*arguments) -> None:
+        advance(*arguments)
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "_advance", advance_and_signal)
+    handler = signal.getsignal(signal.SIGTERM)
+    result = trainer.run()
+    assert (result.is_complete, result.was_signalled, result.step) == (False, True, 3)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert Trainer(train_config).step == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(train_config)
+    advance, calls = trainer._advance, []
+
+    def poison(*arguments) -> None:
+        if len(calls) == 4:
+            norm = trainer.state["params"]["final_norm"]
+            norm["scale"] = norm["scale"] * jnp.nan
+        calls.append(1)
+        advance(*arguments)
+
+    monkeypatch.setattr(trainer, "_advance", poison)
+    with pytest.raises(NotFiniteError, match="not finite at step 4"):
+        trainer.run()
+    assert Trainer(train_config).step == 0  # nothing poisoned was saved
+
+
+def test_resuming_with_another_batch_size_is_refused(train_config: TrainConfig) -> None:
+    Trainer(train_config)
+    with pytest.raises(ConfigError, match="batch_size = 8, and this one has 4"):
+        Trainer(dataclasses.replace(train_config, batch_size=4))
+
+
+def test_contradictory_settings_are_refused(train_config: TrainConfig) -> None:
+    for wrong, message in (
+        ({"steps": None}, "give one of the two"),
+        ({"time_budget_s": 9.0}, "give one of the two"),
+        ({"steps": 0}, "steps is 0"),
+        ({"data_parallel": 3}, "must divide it"),
+        ({"learning_rate": -1.0}, "learning rate -1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(train_config, **wrong)
+    with pytest.raises(ConfigError, match="neither a file nor one of"):
+        Trainer(dataclasses.replace(train_config, model="falcon-9"))
