@@ -4,6 +4,7 @@ Owns what a request may hold and what comes back as text. Does no array work of 
 """
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -15,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from falcon_jax import checkpoint, sharding
 from falcon_jax.checkpoint import hub, manifest
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import RequestError
-from falcon_jax.generate.engine import CHUNK, Engine
+from falcon_jax.generate.engine import CHUNK, Engine, Model
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.generate.stopping import RowText, check_stop_strings
 from falcon_jax.model import params as model_params
@@ -192,6 +193,29 @@ class Falcon:
         for index, row in enumerate(rows):
             padded[index, : len(row)] = row
         return self.engine.logits(padded, counts.astype(np.int32))
+
+    def attention_map(self, prompt: Prompt | Sequence[Prompt], layer: int) -> Float[Array, "N T T"]:
+        """What each token of a prompt reads from which other in one layer, to look at: it takes 4 N T T bytes.
+
+        Each T and layer compiles anew.
+
+        Args:
+          prompt: text or ids of T tokens.
+          layer: 0 .. L - 1.
+
+        Returns:
+          Float32 [N, T, T]: head, query token, key token. Rows sum to 1, with zeros after the diagonal.
+
+        Raises:
+          RequestError: not one prompt, an empty one, or no such layer.
+        """
+        rows = self._prompt_ids(prompt)
+        if len(rows) != 1:
+            raise RequestError(f"attention_map takes one prompt and got {len(rows)}")
+        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < self.config.num_layers:
+            raise RequestError(f"layer={layer!r} is out of range: layers go from 0 to {self.config.num_layers - 1}")
+        token_ids = np.asarray(rows, np.int32)
+        return _attention_map(self.params, token_ids, model=self.engine.model, layer=int(layer))
 
     def generate(
         self,
@@ -379,6 +403,14 @@ class Falcon:
         if isinstance(prompt, str):
             return prompt
         return "" if self.tokenizer is None else self.tokenizer.decode(rows[index])
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layer"))
+def _attention_map(
+    params: model_params.Params, token_ids: Int[Array, "1 T"], *, model: Model, layer: int
+) -> Float[Array, "N T T"]:
+    decoder = model_params.bind(model.config, params, model.options)
+    return decoder.attention_probabilities(token_ids, layer)[0]
 
 
 def parse_bytes(size: int | str) -> int:

@@ -1,103 +1,117 @@
-"""Perplexity and bits per byte of text files under a checkpoint, by context length.
+"""Perplexity and bits per byte of a text under a checkpoint, by context length.
 
-Non-overlapping windows of each length over each file, which starts from the end-of-text token: every byte is
-counted once, and no token sees anything before its own window.
+Every document starts from the end-of-text token and every token is counted once, in windows that do not overlap; with
+--stride also in windows that slide, where each token sees a long context. Lengths may lie beyond the trained one. The
+last line on stdout is JSON with everything.
 
-python scripts/evaluate.py falcon_jax/assets/falcon-nano book.txt --lengths 512 2048
+python scripts/evaluate.py falcon_jax/assets/falcon-nano book.txt --lengths 512 2048 --stride 256
 """
 
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import tyro
 
-from falcon_jax.checkpoint.load import load
-from falcon_jax.errors import CheckpointError, ConfigError
-from falcon_jax.model.decoder import ForwardOptions
-from falcon_jax.tokenizer import Tokenizer
-from falcon_jax.train.data import Split, end_of_text_id, validation_windows
-from falcon_jax.train.metrics import bits_per_byte
-from falcon_jax.train.step import StepOptions, make_eval_step
+if TYPE_CHECKING:
+    from falcon_jax.train.evaluation import Score
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     model: Annotated[str, tyro.conf.Positional]
-    """Orbax folder, Hugging Face folder or hub id, with a tokenizer."""
+    """Folder made by convert_checkpoint.py, Hugging Face folder or hub id, with a tokenizer."""
     texts: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """UTF-8 text files."""
+    """UTF-8 text files, folders of *.txt, archives with train/ and valid/, or one folder of tokens made by train.py."""
+    split: Literal["train", "valid"] | None = None
+    """Part of a corpus; without it all of a folder, and the valid split of an archive or of tokens."""
     lengths: tuple[int, ...] = (512, 1024, 2048)
     """Tokens of context."""
+    stride: int | None = None
+    """Also measures windows that begin every so many tokens, at most the shortest length."""
     batch_tokens: int = 16384
     """Tokens a batch holds, at least one row."""
-    dtype: str = "bfloat16"
+    dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
     """What the model computes in."""
     attention: str | None = None
     """Attention implementation; the best that works by default."""
+    alibi: Literal["float32", "hf_bf16"] = "float32"
+    """float32 is exact; hf_bf16 rounds positions as transformers does, which blurs them beyond 256 tokens."""
+    quiet: bool = False
+    """Shows no progress bar."""
 
 
-def read_split(paths: tuple[Path, ...], tokenizer_folder: Path) -> Split:
-    tokenizer, separator = Tokenizer.from_folder(tokenizer_folder), end_of_text_id(tokenizer_folder)
-    documents, num_bytes = [], 0
-    for path in paths:
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text ({error})") from error
-        documents.append(np.asarray([separator, *tokenizer.encode(text)], np.int32))
-        num_bytes += len(text.encode("utf-8"))
-    starts = np.cumsum([0, *(len(document) for document in documents[:-1])])
-    return Split(np.concatenate(documents), starts, num_bytes)
+def shapes_of(arguments: Arguments) -> list[tuple[int, int]]:
+    """Each (length, stride) to measure; where the two are equal, nothing slides."""
+    strides = [None] if arguments.stride is None else [None, arguments.stride]
+    shapes = [(length, stride or length) for length in arguments.lengths for stride in strides]
+    return list(dict.fromkeys(shapes))
 
 
-def evaluate(arguments: Arguments) -> list[dict[str, float]]:
-    """For each length: bits per byte, perplexity a token, and how many tokens and bytes were counted."""
+def measure(arguments: Arguments) -> list["Score"]:
+    from falcon_jax.checkpoint import CheckpointError, load
+    from falcon_jax.errors import ConfigError
+    from falcon_jax.model.decoder import ForwardOptions
+    from falcon_jax.train.data import read_texts
+    from falcon_jax.train.evaluation import evaluate
+
+    if not arguments.texts or not arguments.lengths or min(arguments.lengths) < 1:
+        raise ConfigError("give at least one text, and lengths of at least 1")
+    if arguments.stride is not None and not 1 <= arguments.stride <= min(arguments.lengths):
+        shortest = min(arguments.lengths)
+        raise ConfigError(f"--stride is {arguments.stride}; it must be from 1 to the shortest length, {shortest}")
     config, params, tokenizer_folder = load(arguments.model, dtype=arguments.dtype)
     if tokenizer_folder is None:
         raise CheckpointError(f"{arguments.model} holds no tokenizer.json, without which text means nothing")
-    split = read_split(arguments.texts, tokenizer_folder)
-    if not split.num_bytes:
-        raise ConfigError("the text files are empty; give at least one byte of text")
-    options = StepOptions(compute_dtype=arguments.dtype)
-    step = make_eval_step(config, options, ForwardOptions(attention=arguments.attention))
-    results = []
-    for length in arguments.lengths:
-        tokens, counts = validation_windows(split, length)
-        rows, nats = max(1, arguments.batch_tokens // length), 0.0
-        for start in range(0, len(tokens), rows):
-            missing = max(0, start + rows - len(tokens))  # one shape for all batches: one compilation
-            batch = np.pad(tokens[start : start + rows], ((0, missing), (0, 0)))
-            real = np.pad(counts[start : start + rows], (0, missing))
-            nats += float(np.sum(np.asarray(step(params, batch, real)), dtype=np.float64))
-        num_tokens = int(counts.sum())
-        results.append(
-            {
-                "length": length,
-                "bits_per_byte": bits_per_byte(nats, split.num_bytes),
-                "perplexity": math.exp(nats / num_tokens),
-                "num_tokens": num_tokens,
-                "num_bytes": split.num_bytes,
-            }
+    split = read_texts(arguments.texts, tokenizer_folder, arguments.split)
+    scores = []
+    for score in evaluate(
+        config,
+        params,
+        split,
+        shapes_of(arguments),
+        dtype=arguments.dtype,
+        forward=ForwardOptions(attention=arguments.attention, alibi=arguments.alibi),
+        batch_tokens=arguments.batch_tokens,
+        progress=not arguments.quiet,
+    ):
+        beyond = ", beyond the trained length" if score.length > config.max_tokens else ""
+        print(
+            f"length {score.length}, stride {score.stride}: {score.bits_per_byte:.4f} bits a byte, "
+            f"perplexity {score.perplexity:.3f}{beyond}",
+            flush=True,
         )
-    return results
+        scores.append(score)
+    return scores
 
 
 def main() -> int:
+    """The exit code: 0 done, 2 not to be done, 130 interrupted."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    if not arguments.lengths or min(arguments.lengths) < 1 or not arguments.texts:
-        print("evaluate: give at least one text file, and lengths of at least 1", file=sys.stderr)
-        return 2
+    import jax  # late: --help need not wait for it
+
+    from falcon_jax.errors import CheckpointError, ConfigError
+
     try:
-        for result in evaluate(arguments):
-            print(json.dumps(result))
-    except (CheckpointError, ConfigError, OSError, NotImplementedError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        scores = measure(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, NotImplementedError, OSError) as error:
+        # An attention that is unknown, or that cannot run here, is found when the model runs.
+        known = (CheckpointError, ConfigError, OSError)
+        if not isinstance(error, known) and "attention: implementation=" not in str(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: the device's memory ran out; lower --batch-tokens or --lengths", file=sys.stderr)
+        return 2
+    settings = {"model": arguments.model, "dtype": arguments.dtype, "alibi": arguments.alibi}
+    print(json.dumps({**settings, "results": [score.record() for score in scores]}))
     return 0
 
 

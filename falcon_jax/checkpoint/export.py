@@ -35,6 +35,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 # A file under this ending is half made; the ending goes when all files are whole. The marker goes last of all.
 _PARTIAL = ".part"
 _MARKER = "export.part"
+_GENERATION_FILE = "generation_config.json"
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in hf_files.FLOAT_TYPES.items()}
 _Reader = Callable[[Iterable[str]], Mapping[str, np.ndarray]]
 
@@ -94,9 +96,11 @@ def export_params(
 ) -> Path:
     """Writes parameters that are on device as a Hugging Face folder, fetching one tensor at a time.
 
+    generation_config.json, where none comes along, says which tokens begin and end a text.
+
     Args:
       dtype: what they are stored as; None keeps theirs.
-      tokenizer_folder: whose tokenizer files go along.
+      tokenizer_folder: whose tokenizer files, and generation_config.json, go along.
 
     Raises:
       CheckpointError: the parameters do not fit the configuration, or the destination is not empty.
@@ -117,8 +121,12 @@ def export_params(
     def read(paths: Iterable[str]) -> Mapping[str, np.ndarray]:
         return {path: np.asarray(jax.numpy.asarray(leaves[path]).astype(dtypes[path])) for path in paths}
 
+    keys = config.to_hf()
+    if len(set(dtypes.values())) == 1:
+        keys["dtype"] = next(iter(dtypes.values())).name
+    generation = {name: keys[name] for name in _GENERATION_KEYS if keys[name] is not None}
     carried = None if tokenizer_folder is None else Path(tokenizer_folder)
-    return _write_folder(Path(destination), config, dtypes, read, config.to_hf(), carried, max_shard_bytes)
+    return _write_folder(Path(destination), config, dtypes, read, keys, carried, max_shard_bytes, generation)
 
 
 def _write_folder(
@@ -129,6 +137,7 @@ def _write_folder(
     keys: Mapping[str, Any],
     carried: Path | None,
     max_shard_bytes: int,
+    generation: Mapping[str, Any] | None = None,
 ) -> Path:
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
@@ -149,6 +158,8 @@ def _write_folder(
         write_text(destination / hf_files.SAFETENSORS_INDEX, json.dumps(index, indent=2) + "\n")
     if carried is not None:
         carry_files(carried, destination, besides=(hf_files.CONFIG_FILE,))
+    if generation and not (destination / _GENERATION_FILE).exists():
+        write_text(destination / _GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
     # Last: without it nothing takes the folder for a checkpoint.
     write_text(destination / hf_files.CONFIG_FILE, json.dumps(keys, indent=2) + "\n")
     (destination / _MARKER).unlink()

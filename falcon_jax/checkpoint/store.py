@@ -8,10 +8,12 @@ The trap: orbax restores a flipped bit without a word, so whoever writes here ke
 whoever reads compares it.
 """
 
+import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,8 @@ class ArrayFolder:
         return self._restore(targets, {path: _restore_args(target) for path, target in targets.items()})
 
     def _save(self, folder: Path, tree: Mapping[str, Any]) -> None:
-        self._checkpointer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
+        with _quiet_about_ocdbt():
+            self._checkpointer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
 
     def _restore(self, targets: Mapping[str, jax.ShapeDtypeStruct], arguments: Mapping[str, Any]) -> dict[str, Any]:
         for path, target in targets.items():
@@ -202,6 +205,21 @@ class TrainCheckpoints:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _quiet_about_ocdbt() -> Iterator[None]:
+    """Keeps back orbax's warning, on stderr at each save, that there is no OCDBT database to merge: by choice."""
+
+    def says_something_else(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(says_something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(says_something_else)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

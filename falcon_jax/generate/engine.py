@@ -1,14 +1,14 @@
 """Token ids in, token ids out: prefill, then decode in chunks.
 
-Owns the four jitted functions, the decode state and the host loop around them. Knows no text. Rows are
+Owns the jitted functions, the decode state and the host loop around them. Knows no text. Rows are
 left-aligned: a row's token at position p lies in cache slot p, padding lies past a row's length and is never
 attended to, so a row's result does not depend on its batch mates.
 
 The trap: everything that changes from call to call (prompts, lengths, number of steps, sampling values,
-  seeds) is
-traced or padded to a bucket; a Python value that slips into a jitted function costs a compilation a call.
-Letters: B batch, T query tokens, S cache length, D width, V vocabulary, C tokens of a chunk, E
-end-of-text tokens, P prompts.
+seeds) is traced or padded to a bucket; a Python value that slips into a jitted function costs a compilation a
+call.
+Letters: B batch, T query tokens, S cache length, D width, V vocabulary, C tokens of a chunk, E end-of-text
+tokens, P prompts.
 """
 
 import dataclasses

@@ -62,9 +62,12 @@ def write(
     T = new.shape[1]
     rows = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
     columns = lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-    return slots.at[rows, columns].set(
+    written = slots.at[rows, columns].set(
         new.astype(slots.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
+    # Keeps the write apart from what reads it: merged with the attention it is no longer done in place, and every
+    # step of decoding copies the whole cache (benchmarks/LOG.md).
+    return jax.lax.optimization_barrier(written)
 
 
 def cache_bytes(config: FalconConfig, batch_size: int, num_tokens: int, dtype: DTypeLike) -> int:

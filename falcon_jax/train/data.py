@@ -1,10 +1,8 @@
-"""From text files to batches: reading a corpus, tokenizing it once, and the order in which windows are
-trained on.
+"""From text files to batches: reading a corpus, tokenizing it once, and the order in which windows are trained on.
 
-Owns the token cache (train.npy, valid.npy, corpus.json) and the data order. Knows nothing of models or
-devices but `Prefetcher`, which runs a placing function in a thread. The one trap: a batch is a function of
-its step number alone, so that a resumed run sees exactly the windows that an uninterrupted one would have
-seen.
+Owns the token cache (train.npy, valid.npy, corpus.json) and the data order. Knows nothing of models or devices but
+`Prefetcher`, which runs a placing function in a thread. The one trap: a batch is a function of its step number alone,
+so that a resumed run sees exactly the windows that an uninterrupted one would have seen.
 """
 
 import dataclasses
@@ -14,7 +12,7 @@ import json
 import queue
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,14 +20,14 @@ import numpy as np
 from jaxtyping import Integer, UInt16
 
 from falcon_jax.errors import ConfigError
-from falcon_jax.tokenizer import Tokenizer
+from falcon_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
 SPLITS = ("train", "valid")
+LISTING = "corpus.json"  # what makes a folder a token cache
 
 
 def read_documents(data: Path, split: str) -> Iterator[tuple[str, str]]:
-    """Yields (file name, text) of `split`/*.txt in order of name, from a folder or a tar archive of any
-    compression.
+    """Yields (file name, text) of `split`/*.txt in order of name, from a folder or a tar archive of any compression.
 
     Raises: ConfigError where nothing is found, or a file is not UTF-8.
     """
@@ -43,12 +41,16 @@ def read_documents(data: Path, split: str) -> Iterator[tuple[str, str]]:
     is_empty = True
     for name, content in pairs:
         is_empty = False
-        try:
-            yield name, content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{data}: {split}/{name} is not UTF-8 text ({error})") from error
+        yield name, _decoded(content, f"{data}: {split}/{name}")
     if is_empty:
         raise ConfigError(f"{data} holds no {split}/*.txt; give a folder or archive with train/ and valid/ text files")
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not UTF-8 text ({error})") from error
 
 
 def _read_archive(data: Path, split: str) -> list[tuple[str, bytes]]:
@@ -82,29 +84,83 @@ class Split:
 def tokenize_corpus(data: Path, tokenizer_folder: Path, cache: Path) -> dict[str, Split]:
     """The corpus as tokens, from the cache where it was made with this tokenizer, else tokenized into it.
 
-    `data` may itself be such a cache (a folder with corpus.json), so that a machine without the text can
-    train.
+    `data` may itself be such a cache (a folder with corpus.json), so that a machine without the text can train.
 
-    Raises: ConfigError where the corpus lacks a split, the tokenizer has no end-of-text token or too many
-    entries for 16 bits, or a cache given as `data` was made with another tokenizer.
+    Raises: ConfigError where the corpus lacks a split, the tokenizer has no end-of-text token or too many entries for
+    16 bits, or a cache given as `data` was made with another tokenizer.
     """
-    vocabulary = tokenizer_folder / "tokenizer.json"
-    if not vocabulary.is_file():
-        raise ConfigError(f"{vocabulary} does not exist; make one with scripts/train_tokenizer.py")
-    fingerprint = hashlib.sha256(vocabulary.read_bytes()).hexdigest()
-    if (data / "corpus.json").is_file():
-        made_with = json.loads((data / "corpus.json").read_text())["tokenizer_sha256"]
-        if made_with != fingerprint:
-            raise ConfigError(f"{data} holds tokens made with another tokenizer than {vocabulary}; tokenize again")
-        return _load_cache(data)
-    source = {"tokenizer_sha256": fingerprint, "data": str(data.resolve()), "modified": _modified(data)}
-    listing = cache / "corpus.json"
-    if listing.is_file():
-        known = json.loads(listing.read_text())
+    if (data / LISTING).is_file():
+        return load_tokens(data, tokenizer_folder)
+    source = {
+        "tokenizer_sha256": _fingerprint(tokenizer_folder),
+        "data": str(data.resolve()),
+        "modified": _modified(data),
+    }
+    if (cache / LISTING).is_file():
+        known = json.loads((cache / LISTING).read_text())
         if {key: known.get(key) for key in source} == source:
             return _load_cache(cache)
     _write_cache(data, tokenizer_folder, cache, source)
     return _load_cache(cache)
+
+
+def load_tokens(cache: Path, tokenizer_folder: Path) -> dict[str, Split]:
+    """The splits of a token cache. Raises: ConfigError where it was made with another tokenizer."""
+    if json.loads((cache / LISTING).read_text())["tokenizer_sha256"] != _fingerprint(tokenizer_folder):
+        vocabulary = tokenizer_folder / TOKENIZER_FILE
+        raise ConfigError(f"{cache} holds tokens made with another tokenizer than {vocabulary}; tokenize again")
+    return _load_cache(cache)
+
+
+def read_texts(paths: Sequence[Path], tokenizer_folder: Path, split: str | None = None) -> Split:
+    """The tokens of text files, and of what lies in folders and archives; or of one token cache.
+
+    split: "train" or "valid", of a corpus. None: all *.txt at any depth of a folder, but the valid split of an archive
+    or a token cache.
+
+    Raises: ConfigError where there is no text, a file is not UTF-8, a token cache does not stand alone or was made with
+    another tokenizer, or the tokenizer has no end-of-text token.
+    """
+    if any((path / LISTING).is_file() for path in paths):
+        if len(paths) > 1:
+            raise ConfigError(f"one of {', '.join(map(str, paths))} is a token cache; give it alone")
+        return load_tokens(paths[0], tokenizer_folder)[split or "valid"]
+    texts = (text for path in paths for text in _texts_of(path, split))
+    return encode_documents(texts, Tokenizer.from_folder(tokenizer_folder), end_of_text_id(tokenizer_folder))
+
+
+def _texts_of(path: Path, split: str | None) -> Iterator[str]:
+    if path.is_file() and not tarfile.is_tarfile(path):
+        yield _decoded(path.read_bytes(), str(path))
+    elif path.is_dir() and split is None:
+        files = sorted(path.glob("**/*.txt"))
+        if not files:
+            raise ConfigError(f"{path} holds no *.txt; give text files or folders of them")
+        for file in files:
+            yield _decoded(file.read_bytes(), str(file))
+    elif path.exists():
+        yield from (text for _, text in read_documents(path, split or "valid"))
+    else:
+        raise ConfigError(f"{path} does not exist; give text files or folders of them")
+
+
+def encode_documents(texts: Iterable[str], tokenizer: Tokenizer, separator: int) -> Split:
+    """The texts as tokens, int32, each preceded by `separator`."""
+    pieces, starts, num_bytes, position = [np.zeros(0, np.int32)], [], 0, 0
+    for text in texts:
+        piece = np.asarray([separator, *tokenizer.encode(text)], np.int32)
+        pieces.append(piece)
+        starts.append(position)
+        position += len(piece)
+        num_bytes += len(text.encode("utf-8"))
+    return Split(np.concatenate(pieces), np.asarray(starts), num_bytes)
+
+
+def _fingerprint(tokenizer_folder: Path) -> str:
+    vocabulary = tokenizer_folder / TOKENIZER_FILE
+    if not vocabulary.is_file():
+        raise ConfigError(f"{vocabulary} does not exist; make one with scripts/train_tokenizer.py")
+    return hashlib.sha256(vocabulary.read_bytes()).hexdigest()
 
 
 def _modified(data: Path) -> float:
@@ -121,21 +177,15 @@ def _write_cache(data: Path, tokenizer_folder: Path, cache: Path, source: dict[s
     cache.mkdir(parents=True, exist_ok=True)
     listing: dict[str, Any] = dict(source)
     for split in SPLITS:
-        pieces, starts, num_bytes, position = [], [], 0, 0
-        for _, text in read_documents(data, split):
-            piece = np.asarray([separator, *tokenizer.encode(text)], np.uint16)
-            pieces.append(piece)
-            starts.append(position)
-            position += len(piece)
-            num_bytes += len(text.encode("utf-8"))
-        np.save(cache / f"{split}.npy", np.concatenate(pieces))
-        listing[split] = {"starts": starts, "num_bytes": num_bytes}
+        encoded = encode_documents((text for _, text in read_documents(data, split)), tokenizer, separator)
+        np.save(cache / f"{split}.npy", encoded.tokens.astype(np.uint16))
+        listing[split] = {"starts": encoded.starts.tolist(), "num_bytes": encoded.num_bytes}
     # Written last: a cache without its listing does not count.
-    (cache / "corpus.json").write_text(json.dumps(listing) + "\n")
+    (cache / LISTING).write_text(json.dumps(listing) + "\n")
 
 
 def _load_cache(cache: Path) -> dict[str, Split]:
-    listing = json.loads((cache / "corpus.json").read_text())
+    listing = json.loads((cache / LISTING).read_text())
     return {
         split: Split(
             np.load(cache / f"{split}.npy"),
@@ -152,10 +202,10 @@ def end_of_text_id(tokenizer_folder: Path) -> int:
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     token = settings.get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
-    added = json.loads((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
+    added = json.loads((tokenizer_folder / TOKENIZER_FILE).read_text(encoding="utf-8")).get("added_tokens", [])
     ids = [entry["id"] for entry in added if entry["content"] == text]
     if not ids:
-        raise ConfigError(f"{path}: eos_token is {text!r}, which is no special token of tokenizer.json")
+        raise ConfigError(f"{path}: eos_token is {text!r}, which is no special token of {TOKENIZER_FILE}")
     return int(ids[0])
 
 
@@ -163,10 +213,9 @@ def end_of_text_id(tokenizer_folder: Path) -> int:
 class TrainingOrder:
     """Which windows a step trains on: a function of (seed, step) alone.
 
-    An epoch cuts the stream, taken as a ring, into windows of `length` targets from a random phase, and
-    visits them in a random permutation; so no token is trained on twice in an epoch, at most `length - 1` are
-    left out, and the cuts fall elsewhere in each epoch. Rows run on across epochs: a batch may hold the end
-    of one and the start of the next.
+    An epoch cuts the stream, taken as a ring, into windows of `length` targets from a random phase, and visits them in
+    a random permutation; so no token is trained on twice in an epoch, at most `length - 1` are left out, and the cuts
+    fall elsewhere in each epoch. Rows run on across epochs: a batch may hold the end of one and the start of the next.
     """
 
     tokens: np.ndarray
@@ -205,23 +254,6 @@ def _epoch_starts(num_tokens: int, length: int, seed: int, epoch: int) -> np.nda
     generator = np.random.default_rng([seed, epoch])
     phase = int(generator.integers(num_tokens))
     return (phase + length * generator.permutation(num_tokens // length)) % num_tokens
-
-
-def validation_windows(split: Split, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Non-overlapping windows over each document by itself, for bits per byte.
-
-    Returns tokens uint16 [num_windows, length + 1], right-padded with 0, and the number of targets
-    [num_windows]. Every token of a document but its leading end-of-text is a target once, so every byte is
-    counted once; the first window of a document starts from the end-of-text token, and no window sees
-    anything before its own start.
-    """
-    rows, counts = [], []
-    for document in split.documents():
-        for start in range(0, len(document) - 1, length):
-            window = document[start : start + length + 1]
-            rows.append(np.pad(window, (0, length + 1 - len(window))))
-            counts.append(len(window) - 1)
-    return np.stack(rows), np.asarray(counts, np.int32)
 
 
 class Prefetcher:

@@ -1,8 +1,8 @@
 """The training run: steps, validation, checkpoints and the final model, resumable at any step.
 
-Owns time and files; the arithmetic is in step.py. The device is never waited for between checkpoints: losses
-are read one logging interval late, when they have long been computed. The one trap: everything that a later
-step depends on must be in the checkpoint or a function of the step number, or a resumed run would differ.
+Owns time and files; the arithmetic is in step.py. The device is never waited for between checkpoints: losses are read
+one logging interval late, when they have long been computed. The one trap: everything that a later step depends on must
+be in the checkpoint or a function of the step number, or a resumed run would differ.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from falcon_jax.model import params as model_params
 from falcon_jax.model.decoder import ForwardOptions
 from falcon_jax.tokenizer import Tokenizer
 from falcon_jax.train import data as train_data
+from falcon_jax.train import evaluation
 from falcon_jax.train import schedule as train_schedule
 from falcon_jax.train import step as train_step
 from falcon_jax.train.final import write_model
@@ -38,8 +39,7 @@ class NotFiniteError(ArithmeticError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended. is_complete: the final model is in `output/model`; else a checkpoint waits to be
-    resumed."""
+    """How a run ended. is_complete: the final model is in `output/model`; else a checkpoint waits to be resumed."""
 
     step: int
     is_complete: bool
@@ -54,8 +54,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         """Loads or makes the tokens, and the state: fresh, or from the newest checkpoint in `config.output`.
 
-        Raises: ConfigError where settings, corpus, tokenizer and the run found in `output` do not fit each
-        other.
+        Raises: ConfigError where settings, corpus, tokenizer and the run found in `output` do not fit each other.
         """
         self._began = time.monotonic()
         self.config = config
@@ -73,6 +72,10 @@ class Trainer:
         check_same_run(config, config.output / "run.json")
 
         shape = (config.data_parallel, config.fsdp, config.tensor)
+        if math.prod(shape) > jax.device_count():
+            raise ConfigError(
+                f"data_parallel * fsdp * tensor is {math.prod(shape)}, and there are only {jax.device_count()} devices"
+            )
         self.mesh = None if math.prod(shape) == 1 else sharding.make_mesh(*shape)
         forward = ForwardOptions(attention=config.attention, remat=config.remat)
         self._step_function = train_step.make_train_step(self.model_config, config.step, forward, self.mesh)
@@ -98,8 +101,7 @@ class Trainer:
             self.total_steps = progress["total_steps"]
         best_step = self._best.latest_step()
         if best_step is not None:
-            # Asked of the weights themselves: a lost process may have kept better ones after its last
-            # checkpoint.
+            # Asked of the weights themselves: a lost process may have kept better ones after its last checkpoint.
             _, best = self._best.restore(abstract["params"])
             self._best_nats, self._best_step = best["nats"], best_step
         return state
@@ -218,16 +220,14 @@ class Trainer:
         self._logged_step = step
 
     def _settle_pending(self) -> None:
-        """Waits for the device and reports all steps so far, so that what follows is not counted as
-        training."""
+        """Waits for the device and reports all steps so far, so that what follows is not counted as training."""
         jax.block_until_ready(self.state)
         self._report(self.step)
 
     # Pauses: what stops the steps for a while.
 
     def _validate(self) -> float:
-        """Nats of the validation split; keeps the weights where they are the best yet. Returns seconds
-        taken."""
+        """Nats of the validation split; keeps the weights where they are the best yet. Returns seconds taken."""
         self._settle_pending()
         began = time.monotonic()
         weights = self.state.get("ema", self.state["params"])
@@ -258,16 +258,10 @@ class Trainer:
         return seconds
 
     def validation_nats(self, params: model_params.Params) -> float:
-        """Total nats of the validation split; see `validation_windows` for what is counted."""
-        tokens, counts = train_data.validation_windows(self._valid, self.config.length)
+        """Total nats of the validation split; each token in one window, which does not overlap others."""
+        windows = evaluation.cut_windows(self._valid, self.config.length)
         rows = self.config.batch_size // self.config.step.num_micro_batches
-        sums = []
-        for start in range(0, len(tokens), rows):
-            missing = max(0, start + rows - len(tokens))  # the last batch is filled up with empty rows
-            batch = np.pad(tokens[start : start + rows], ((0, missing), (0, 0)))
-            real = np.pad(counts[start : start + rows], (0, missing))
-            sums.append(self._eval_function(params, self._place(batch), self._place(real)).sum(-1))
-        return float(np.sum(np.concatenate(jax.device_get(sums)), dtype=np.float64))
+        return evaluation.total_nats(self._eval_function, params, windows, rows, place=self._place)
 
     def _save(self) -> float:
         """A checkpoint of this step, once. Returns the seconds that training stood still."""

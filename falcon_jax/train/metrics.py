@@ -8,14 +8,12 @@ from typing import Any
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Total nats of a text over its UTF-8 bytes, in bits: comparable between vocabularies, unlike nats a
-    token."""
+    """Total nats of a text over its UTF-8 bytes, in bits: comparable between vocabularies, unlike nats a token."""
     return nats / math.log(2) / num_bytes
 
 
 class MetricsFile:
-    """Appends one JSON object a line, each with a "kind" ("train" or "valid") and a "step"; flushed at
-    once."""
+    """Appends one JSON object a line, each with a "kind" ("train" or "valid") and a "step"; flushed at once."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         """Drops what a lost run wrote after `resume_step`, so that no step stands in the file twice."""

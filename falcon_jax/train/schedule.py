@@ -1,9 +1,7 @@
-"""The learning rate by step: linear warm-up, then a cosine down to a share of the peak. Plain arithmetic, no
-JAX.
+"""The learning rate by step: linear warm-up, then a cosine down to a share of the peak. Plain arithmetic, no JAX.
 
-The step takes the rate as an argument, so that the number of steps can be settled while a run is already
-under way (a time budget) without compiling anything again. The one trap: warm-up must not depend on the
-number of steps.
+The step takes the rate as an argument, so that the number of steps can be settled while a run is already under way (a
+time budget) without compiling anything again. The one trap: warm-up must not depend on the number of steps.
 """
 
 import dataclasses
@@ -14,8 +12,7 @@ from falcon_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """peak: highest learning rate; warmup_steps: steps to reach it; min_ratio: share of it that the last step
-    has."""
+    """peak: highest learning rate; warmup_steps: steps to reach it; min_ratio: share of it that the last step has."""
 
     peak: float
     warmup_steps: int
@@ -45,11 +42,9 @@ class Schedule:
 def steps_in_budget(
     remaining_s: float, step_s: float, pauses: list[tuple[float, int]], reserve_fraction: float = 0.03
 ) -> int:
-    """How many steps fit into a time. `pauses`: (seconds, every how many steps) of validations and
-    checkpoints.
+    """How many steps fit into a time. `pauses`: (seconds, every how many steps) of validations and checkpoints.
 
-    A part of the time is held back: for the end, and because steps vary. Raises: ConfigError where no step
-    fits.
+    A part of the time is held back: for the end, and because steps vary. Raises: ConfigError where no step fits.
     """
     per_step_s = step_s + sum(pause_s / every for pause_s, every in pauses)
     steps = int(remaining_s * (1 - reserve_fraction) / per_step_s)

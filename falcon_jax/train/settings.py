@@ -18,8 +18,7 @@ class TrainConfig:
     """One run. Give `steps`, or `time_budget_s` to let a measurement choose them."""
 
     data: Path
-    """Folder or .tar(.xz) with train/*.txt and valid/*.txt; or a folder of tokens that an earlier run
-    made."""
+    """Folder or .tar(.xz) with train/*.txt and valid/*.txt; or a folder of tokens that an earlier run made."""
     output: Path
     """Folder for checkpoints, metrics.jsonl, tokens and the final model. A run found there is resumed."""
     model: str = "falcon-nano"
@@ -29,8 +28,8 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps in all."""
     time_budget_s: float | None = None
-    """Seconds for the whole run, pauses and compilation included: the speed is measured once, when warm-up
-    ends, and sets the number of steps, which the checkpoint keeps."""
+    """Seconds for the whole run, pauses and compilation included: the speed is measured once, when warm-up ends, and
+    sets the number of steps, which the checkpoint keeps."""
     max_seconds: float | None = None
     """Seconds for this process: then it writes a checkpoint and ends; the same command goes on from there."""
     batch_size: int = 32
@@ -44,8 +43,7 @@ class TrainConfig:
     """Share of the highest learning rate that the last step has; 0 goes down to nothing."""
     seed: int = 0
     log_every: int = 20
-    """Steps between lines of metrics. Losses are read that many steps late, so that the device never
-    waits."""
+    """Steps between lines of metrics. Losses are read that many steps late, so that the device never waits."""
     validate_every: int = 500
     checkpoint_every: int = 1000
     checkpoint_every_s: float | None = None
@@ -93,8 +91,7 @@ class TrainConfig:
         return FalconConfig.from_hf(Path(self.model))
 
     def identity(self) -> dict[str, object]:
-        """What a resumed run must share with the run that it resumes, or its steps would mean something
-        else."""
+        """What a resumed run must share with the run that it resumes, or its steps would mean something else."""
         shared = {name: getattr(self, name) for name in ("batch_size", "length", "seed")}
         step = {f"step.{name}": value for name, value in dataclasses.asdict(self.step).items()}
         return {**self.model_config().to_hf(), **shared, **step}

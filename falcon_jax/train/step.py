@@ -1,9 +1,8 @@
 """One training step: loss, gradient, clipped AdamW, all in one executable with a donated state.
 
-Owns the loss and the training state. Knows nothing of files, schedules or time. float32: master weights,
-loss, optimizer; the forward and backward products run in the compute dtype. The one trap: logits are made a
-slice of T at a time and made again in the backward pass, because float32 [B, T, V] would outgrow everything
-else on the device.
+Owns the loss and the training state. Knows nothing of files, schedules or time. float32: master weights, loss,
+optimizer; the forward and backward products run in the compute dtype. The one trap: logits are made a slice of T at a
+time and made again in the backward pass, because float32 [B, T, V] would outgrow everything else on the device.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ from falcon_jax.model.params import Params
 
 State = dict[str, Any]  # step, params, optimizer, first_bad_step, and ema where it is kept
 Metrics = dict[str, jax.Array]
+COMPUTE_DTYPES = ("bfloat16", "float32", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,8 @@ class StepOptions:
                 f"num_micro_batches is {self.num_micro_batches} and loss_chunk_tokens "
                 f"{self.loss_chunk_tokens}; both must be at least 1"
             )
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ConfigError(f"compute_dtype is {self.compute_dtype!r}; it must be one of {', '.join(COMPUTE_DTYPES)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1 (0: none)")
         if not 0 <= self.ema_decay < 1:
@@ -101,7 +103,7 @@ def loss_sums(
     counts: how many of a row's T targets are real; the rest, on the right, are left out (None: all are real).
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    hidden, _ = decoder(inputs, dropout_key=dropout_key)  # [B, T, D]
+    hidden, _ = decoder(inputs, num_tokens=counts, dropout_key=dropout_key)  # [B, T, D]
     num_rows, length = targets.shape
     is_real = jnp.ones((num_rows, length), bool)
     if counts is not None:
@@ -139,8 +141,7 @@ def init_state(
     mesh: Mesh | None = None,
     params: Params | None = None,
 ) -> State:
-    """A fresh training state: random float32 weights (or `params`, donated), empty moments, step 0; over
-    `mesh`."""
+    """A fresh training state: random float32 weights (or `params`, donated), empty moments, step 0; over `mesh`."""
 
     if params is None:
         params = model_params.init(config, jax.random.key(seed), jnp.float32, mesh)
@@ -167,8 +168,7 @@ def _with_moments(params: Params, options: StepOptions) -> State:
 
 
 def abstract_state(config: FalconConfig, options: StepOptions, mesh: Mesh | None = None) -> State:
-    """The state's shapes, dtypes and, with a mesh, shardings, without any data: what a checkpoint is restored
-    into."""
+    """The state's shapes, dtypes and, with a mesh, shardings, without any data: what a checkpoint is restored into."""
     params = model_params.abstract(config, jnp.float32)
     abstract = jax.eval_shape(lambda params: _with_moments(params, options), params)
     if mesh is None:
@@ -207,8 +207,7 @@ def make_train_step(
     """train_step(state, tokens [B, T+1], learning_rate) -> (state, metrics); the state is donated.
 
     Metrics are float32 scalars on the device: loss (nats a token), z_loss, grad_norm (before clipping), and
-    first_bad_step (int32, -1 while every loss and gradient was finite). A step that is not finite changes no
-    weight.
+    first_bad_step (int32, -1 while every loss and gradient was finite). A step that is not finite changes no weight.
     """
     optimizer = make_optimizer(options)
     compute_dtype = jnp.dtype(options.compute_dtype)
@@ -277,8 +276,7 @@ def make_train_step(
             "first_bad_step": jnp.where(is_first_bad, state["step"], state["first_bad_step"]),
         }
         if options.ema_decay:
-            # Early on the average forgets faster, or the random start would stay in it for 1 / (1 - decay)
-            # steps.
+            # Early on the average forgets faster, or the random start would stay in it for 1 / (1 - decay) steps.
             decay = jnp.minimum(options.ema_decay, (1.0 + state["step"]) / (10.0 + state["step"]))
             result["ema"] = jax.tree.map(
                 lambda average, leaf: average + (1 - decay) * (leaf - average), state["ema"], result["params"]
@@ -302,8 +300,7 @@ def make_train_step(
 def make_eval_step(
     config: FalconConfig, options: StepOptions, forward: ForwardOptions
 ) -> Callable[[Params, Any, Any], jax.Array]:
-    """eval_step(params, tokens [B, T+1], counts [B]) -> float32 [B, T]: nats of each real target, 0
-    elsewhere."""
+    """eval_step(params, tokens [B, T+1], counts [B]) -> float32 [B, T]: nats of each real target, 0 elsewhere."""
     compute_dtype = jnp.dtype(options.compute_dtype)
 
     def eval_step(

@@ -1,7 +1,7 @@
 """Trains a byte-level BPE vocabulary and writes it as the tokenizer part of a Hugging Face folder.
 
-Owns the splitting rule and the tokenizer files. Knows nothing of models. The one trap: `decode` must give
-back any text exactly, so no normaliser, no prefix space and no clean-up of spaces is ever set.
+Owns the splitting rule and the tokenizer files. Knows nothing of models. The one trap: `decode` must give back any text
+exactly, so no normaliser, no prefix space and no clean-up of spaces is ever set.
 """
 
 import json
@@ -14,9 +14,9 @@ from falcon_jax.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Tokens never cross these pieces. On English novels at 8192 entries it gives 3.99 bytes a token, where
-# GPT-2's rule gives 3.86: words keep their apostrophes ("don't" is one piece) and punctuation may swallow the
-# line breaks after it. Digits stand alone, because numbers are rare in prose and would only waste entries.
+# Tokens never cross these pieces. On English novels at 8192 entries it gives 3.99 bytes a token, where GPT-2's rule
+# gives 3.86: words keep their apostrophes ("don't" is one piece) and punctuation may swallow the line breaks after it.
+# Digits stand alone, because numbers are rare in prose and would only waste entries.
 SPLIT_PATTERN = (
     r" ?\p{L}+(?:['’]\p{L}+)*"  # a word with its leading space
     r"| ?\p{N}"
@@ -28,11 +28,10 @@ SPLIT_PATTERN = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learns a byte-level BPE of exactly `vocab_size` entries: <|endoftext|> is id 0, then the 256 bytes,
-    then merges.
+    """Learns a byte-level BPE of exactly `vocab_size` entries: <|endoftext|> is id 0, then the 256 bytes, then merges.
 
-    Raises: ConfigError where `vocab_size` is below 257 (the bytes and <|endoftext|>) or the texts have too
-    few distinct pieces to fill it.
+    Raises: ConfigError where `vocab_size` is below 257 (the bytes and <|endoftext|>) or the texts have too few distinct
+    pieces to fill it.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size <= len(alphabet):

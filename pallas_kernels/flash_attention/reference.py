@@ -91,6 +91,39 @@ def attention_reference(
     return out.astype(q.dtype).reshape(B, T, N, H)
 
 
+def attention_one_token(
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    query_offset: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
+    slopes: Float[Array, " N"] | None,
+    alibi: str,
+    scale: float,
+) -> Float[Array, "B 1 N H"]:
+    """`attention_reference` for decoding, with scores laid out as the cache is: keys before heads.
+
+    The products then read K and V in place. With heads first XLA's CPU backend transposes the whole cache at every
+    step, a quarter of a small model's time (benchmarks/LOG.md).
+    """
+    B, _, N, H = q.shape
+    S, K = k.shape[1], k.shape[2]
+    G = N // K
+    scores = jnp.einsum("bskh,bkgh->bksg", k, q.reshape(B, K, G, H), preferred_element_type=jnp.float32) * scale
+    j = jnp.arange(S, dtype=jnp.int32)
+    if slopes is not None:
+        bias = alibi_bias(slopes, query_offset[:, None], j, rounding=alibi, scale=scale, dtype=q.dtype)
+        scores += bias.reshape(-1, K, G, S).swapaxes(2, 3)
+    ends = query_offset + 1 if lengths is None else jnp.minimum(query_offset + 1, lengths)
+    visible = (j[None, :] < ends[:, None])[:, None, :, None]  # [B, 1, S, 1]
+    scores = jnp.where(visible, scores, MASKED)
+    weights = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=2, keepdims=True)), 0.0)
+    total = jnp.sum(weights, axis=2, keepdims=True)
+    weights = (weights / jnp.where(total == 0.0, 1.0, total)).astype(v.dtype)
+    out = jnp.einsum("bksg,bskh->bkgh", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(B, 1, N, H)
+
+
 def attention_xla(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -109,6 +142,8 @@ def attention_xla(
     """
     B, T, N, H = q.shape
     S = k.shape[1]
+    if T == 1:
+        return attention_one_token(q, k, v, query_offset, lengths, slopes, alibi, scale)
     bytes_a_query = 4 * B * N * S
     if T * bytes_a_query <= max_scores_bytes:
         return attention_reference(q, k, v, query_offset, lengths, slopes, alibi, scale)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from falcon_jax.errors import ConfigError
+from falcon_jax.tokenizer import Tokenizer
 from falcon_jax.train import data as train_data
-from falcon_jax.train.data import Prefetcher, Split, TrainingOrder, tokenize_corpus, validation_windows
+from falcon_jax.train.data import Prefetcher, TrainingOrder, read_texts, tokenize_corpus
 
 
 def test_an_epoch_trains_on_each_token_once() -> None:
@@ -43,18 +44,9 @@ def test_a_corpus_shorter_than_a_row_is_refused() -> None:
         TrainingOrder(np.arange(10, dtype=np.uint16), 1, 16)
 
 
-def test_validation_windows_count_every_token_once_and_stay_in_their_document() -> None:
-    tokens = np.asarray([0, 1, 2, 3, 4, 5, 0, 6, 7], np.uint16)
-    windows, counts = validation_windows(Split(tokens, np.asarray([0, 6]), 7), length=2)
-    np.testing.assert_array_equal(windows, [[0, 1, 2], [2, 3, 4], [4, 5, 0], [0, 6, 7]])
-    np.testing.assert_array_equal(counts, [2, 2, 1, 2])
-
-
 def test_documents_follow_an_end_of_text_token_and_decode_to_their_files(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    from falcon_jax.tokenizer import Tokenizer
-
     valid = tokenize_corpus(corpus, tokenizer_folder, tmp_path)["valid"]
     files = [path.read_bytes() for path in sorted((corpus / "valid").glob("*.txt"))]
     assert valid.num_bytes == sum(map(len, files))
@@ -91,6 +83,40 @@ def test_tokens_of_another_vocabulary_are_refused(corpus: Path, tokenizer_folder
     (other / "tokenizer.json").write_text((tokenizer_folder / "tokenizer.json").read_text() + "\n")
     with pytest.raises(ConfigError, match="another tokenizer"):
         tokenize_corpus(tmp_path / "tokens", other, tmp_path)
+
+
+def test_texts_may_be_files_folders_archives_or_tokens(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    made = tokenize_corpus(corpus, tokenizer_folder, tmp_path / "tokens")
+    with tarfile.open(tmp_path / "corpus.tar", "w") as archive:
+        archive.add(corpus, "books")
+    files = sorted((corpus / "valid").glob("*.txt"))
+    for paths, split in (
+        (files, None),
+        ([corpus / "valid"], None),
+        ([corpus], "valid"),
+        ([tmp_path / "corpus.tar"], None),
+        ([tmp_path / "tokens"], None),
+    ):
+        read = read_texts(paths, tokenizer_folder, split)
+        np.testing.assert_array_equal(read.tokens, made["valid"].tokens)
+        np.testing.assert_array_equal(read.starts, made["valid"].starts)
+        assert read.num_bytes == made["valid"].num_bytes
+    everything = made["train"].num_bytes + made["valid"].num_bytes
+    assert read_texts([corpus], tokenizer_folder).num_bytes == everything
+
+
+def test_texts_that_are_none_are_refused(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenize_corpus(corpus, tokenizer_folder, tmp_path / "tokens")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for names, message in (
+        (["nowhere"], "nowhere does not exist"),
+        (["empty"], r"holds no \*\.txt"),
+        (["latin.txt"], r"latin\.txt is not UTF-8"),
+        (["latin.txt", "tokens"], "give it alone"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_texts([tmp_path / name for name in names], tokenizer_folder)
 
 
 def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:

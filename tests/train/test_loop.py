@@ -9,31 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from falcon_jax.checkpoint import load
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import ConfigError
 from falcon_jax.model import params as model_params
 from falcon_jax.model.decoder import ForwardOptions
+from falcon_jax.train.final import write_model
 from falcon_jax.train.loop import NotFiniteError, Trainer
 from falcon_jax.train.settings import TrainConfig
+from tests.train import toys
 
 
 def records(config: TrainConfig, kind: str) -> list[dict]:
     lines = (config.output / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def bits_of(trainer: Trainer, config: FalconConfig) -> float:
-    """Bits per byte of the validation split by whole logits and float64 numpy, one window at a time."""
-    total_nats, length = 0.0, trainer.config.length
-    for document in trainer._valid.documents():
-        for start in range(0, len(document) - 1, length):
-            window = jnp.asarray(document[start : start + length + 1], jnp.int32)
-            decoder = model_params.bind(config, trainer.state["params"], ForwardOptions())
-            logits = np.asarray(decoder.logits(decoder(window[None, :-1])[0])[0], np.float64)
-            log_total = np.log(np.exp(logits).sum(-1))
-            total_nats += (log_total - logits[np.arange(len(window) - 1), window[1:]]).sum()
-    return total_nats / math.log(2) / trainer._valid.num_bytes
 
 
 def test_a_run_learns_and_reports_bits_per_byte(train_config: TrainConfig, model_config: FalconConfig) -> None:
@@ -45,7 +38,10 @@ def test_a_run_learns_and_reports_bits_per_byte(train_config: TrainConfig, model
     assert losses[-1] < losses[0] - 1.5
     last = records(train_config, "valid")[-1]
     assert last["step"] == 20
-    assert last["bits_per_byte"] == pytest.approx(bits_of(trainer, model_config), rel=1e-5)
+    split, length = trainer._valid, train_config.length
+    nats = toys.numpy_nats(model_config, trainer.state["params"], split, length, length)
+    assert last["bits_per_byte"] == pytest.approx(nats / math.log(2) / split.num_bytes, rel=1e-5)
+    assert last["nats_per_token"] == pytest.approx(nats / (len(split.tokens) - len(split.starts)), rel=1e-5)
     assert result.bits_per_byte == min(record["bits_per_byte"] for record in records(train_config, "valid"))
 
 
@@ -83,19 +79,46 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
 def test_a_finished_run_writes_a_folder_that_transformers_loads(
     train_config: TrainConfig, model_config: FalconConfig
 ) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     trainer = Trainer(dataclasses.replace(train_config, steps=4))
     trainer.run()
     folder = train_config.output / "model"
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)("the old sea", return_tensors="pt")["input_ids"]
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 0)
+    assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (0, 0)
+
+    ids = tokenizer("the old sea", return_tensors="pt")["input_ids"]
+    loaded = load(folder, dtype="float32")
+    assert (loaded.config, loaded.tokenizer_folder) == (model_config, folder)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), trainer.state["params"])
-    decoder = model_params.bind(model_config, rounded, ForwardOptions(alibi="hf_bf16"))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, rounded)
+    decoder = model_params.bind(model_config, loaded.params, ForwardOptions(alibi="hf_bf16"))
     ours = decoder.logits(decoder(jnp.asarray(ids.numpy(), jnp.int32))[0])
     with torch.no_grad():
-        np.testing.assert_allclose(ours, theirs(ids).logits.numpy(), atol=1e-4)
+        np.testing.assert_allclose(ours, theirs.float()(ids).logits.numpy(), atol=1e-4)
+
+
+def test_writing_a_model_replaces_an_older_one(
+    model_config: FalconConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    folder, lost = tmp_path / "model", tmp_path / "model.incoming"
+    for stale in (folder, lost):
+        stale.mkdir()
+        (stale / "stale.txt").write_text("of another model")
+    params = model_params.init(model_config, jax.random.key(0), jnp.float32)
+    write_model(model_config, params, folder, tokenizer_folder)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert not lost.exists()
 
 
 def test_the_best_weights_are_kept_and_written_not_the_last(
@@ -195,3 +218,5 @@ def test_contradictory_settings_are_refused(train_config: TrainConfig) -> None:
             dataclasses.replace(train_config, **wrong)
     with pytest.raises(ConfigError, match="neither a file nor one of"):
         Trainer(dataclasses.replace(train_config, model="falcon-9"))
+    with pytest.raises(ConfigError, match="tensor is 64, and there are only 8 devices"):
+        Trainer(dataclasses.replace(train_config, tensor=64))

@@ -1,7 +1,11 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
@@ -11,25 +15,43 @@ from falcon_jax.model.decoder import ForwardOptions
 from falcon_jax.train import step as train_step
 from falcon_jax.train.step import StepOptions
 
-OPTIONS = StepOptions(compute_dtype="float32", loss_chunk_tokens=7)
+# One for as many tests as it serves: each other one is another compilation.
+OPTIONS = StepOptions(compute_dtype="float32", loss_chunk_tokens=7, z_loss=0.1, ema_decay=0.999)
+DROPPING = dataclasses.replace(OPTIONS, dropout=0.5, num_micro_batches=2)
+
+
+@pytest.fixture(scope="module")
+def model_config(model_config: FalconConfig) -> FalconConfig:
+    """With a rate of its own, as checkpoints carry it: only the options' rate counts. One layer compiles faster."""
+    return dataclasses.replace(model_config, hidden_dropout=0.9, num_layers=1)
 
 
 def tokens_of(config: FalconConfig, rows: int = 8, columns: int = 17, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(config.vocab_size, size=(rows, columns)).astype(np.uint16)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def whole_logits(config: FalconConfig, params: model_params.Params, ids: jax.Array) -> jax.Array:
+    decoder = model_params.bind(config, params, ForwardOptions())
+    return decoder.logits(decoder(ids)[0])
+
+
 def plain_nats(config: FalconConfig, params: model_params.Params, tokens: np.ndarray) -> np.ndarray:
     """Nats of each target from whole logits, in float64 numpy."""
-    decoder = model_params.bind(config, params, ForwardOptions())
-    logits = np.asarray(decoder.logits(decoder(jnp.asarray(tokens[:, :-1], jnp.int32))[0]), np.float64)
+    logits = np.asarray(whole_logits(config, params, tokens[:, :-1].astype(np.int32)), np.float64)
     logits -= logits.max(-1, keepdims=True)
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return -np.take_along_axis(log_probabilities, tokens[:, 1:, None].astype(int), -1)[..., 0]
 
 
+def step_of(config: FalconConfig, options: StepOptions, mesh: Mesh | None = None):
+    # Always with four arguments: functools.lru_cache takes a default that is given for another call.
+    return train_step.make_train_step(config, options, ForwardOptions(), mesh)
+
+
 def run(config: FalconConfig, options: StepOptions, mesh=None, num_steps: int = 3):
     state = train_step.init_state(config, options, seed=1, mesh=mesh)
-    step = train_step.make_train_step(config, options, ForwardOptions(), mesh)
+    step = step_of(config, options, mesh)
     losses = []
     for number in range(num_steps):
         batch = tokens_of(config, seed=number)
@@ -49,23 +71,24 @@ def test_the_loss_made_in_slices_is_the_loss_of_whole_logits(model_config: Falco
     np.testing.assert_allclose(evaluate(params, tokens, counts), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_gradient_is_that_of_the_plain_loss_with_z_loss(model_config: FalconConfig) -> None:
-    options = StepOptions(compute_dtype="float32", loss_chunk_tokens=5, z_loss=0.1, max_grad_norm=1e9)
+def test_loss_and_gradient_are_those_of_the_plain_loss_with_z_loss(model_config: FalconConfig) -> None:
     params = model_params.init(model_config, jax.random.key(0), jnp.float32)
-    tokens = jnp.asarray(tokens_of(model_config), jnp.int32)
+    tokens = tokens_of(model_config)
 
-    def plain(params: model_params.Params) -> jax.Array:
+    def plain(params: model_params.Params) -> tuple[jax.Array, jax.Array]:
         decoder = model_params.bind(model_config, params, ForwardOptions())
-        logits = decoder.logits(decoder(tokens[:, :-1])[0])
+        logits = decoder.logits(decoder(jnp.asarray(tokens[:, :-1], jnp.int32))[0])
         log_total = jax.nn.logsumexp(logits, -1)
-        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
-        return (log_total - chosen + 0.1 * log_total**2).mean()
+        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None].astype(int), -1)[..., 0]
+        return (log_total - chosen + 0.1 * log_total**2).mean(), (log_total - chosen).mean()
 
-    expected = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jax.grad(plain)(params)))))
-    state = train_step.init_state(model_config, options, 0, params=params)
-    step = train_step.make_train_step(model_config, options, ForwardOptions())
-    _, metrics = step(state, np.asarray(tokens), np.float32(1e-3))
-    assert float(metrics["grad_norm"]) == pytest.approx(expected, rel=1e-4)
+    gradient, loss = jax.jit(jax.grad(plain, has_aux=True))(params)
+    norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)))
+    state = train_step.init_state(model_config, OPTIONS, 0, params=params)
+    step = step_of(model_config, OPTIONS)
+    _, metrics = step(state, tokens, np.float32(1e-3))
+    assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-4)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_eight_devices_train_as_one(model_config: FalconConfig, cpu_devices: list) -> None:
@@ -83,7 +106,7 @@ def test_eight_devices_train_as_one(model_config: FalconConfig, cpu_devices: lis
 
 def test_micro_batches_add_up_to_the_whole_batch(model_config: FalconConfig) -> None:
     _, whole = run(model_config, OPTIONS)
-    _, parts = run(model_config, StepOptions(**{**vars(OPTIONS), "num_micro_batches": 4}))
+    _, parts = run(model_config, dataclasses.replace(OPTIONS, num_micro_batches=2))
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
@@ -91,15 +114,14 @@ def test_decay_spares_norms_biases_and_on_request_the_embedding(model_config: Fa
     params = model_params.abstract(model_config, jnp.float32)
     decayed = model_params.flatten(train_step.decay_mask(params, decay_embedding=False))
     assert {path for path, value in decayed.items() if value} == {
-        f"layers.{layer}.{name}.weight"
-        for layer in range(2)
+        f"layers.0.{name}.weight"
         for name in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down")
     }
     assert model_params.flatten(train_step.decay_mask(params, decay_embedding=True))["embed.weight"]
 
 
 def test_the_average_of_weights_lags_behind_them(model_config: FalconConfig) -> None:
-    state, _ = run(model_config, StepOptions(**{**vars(OPTIONS), "ema_decay": 0.999}), num_steps=2)
+    state, _ = run(model_config, OPTIONS, num_steps=2)
     fresh = train_step.init_state(model_config, OPTIONS, seed=1)
     new, average, old = (tree["embed"]["weight"] for tree in (state["params"], state["ema"], fresh["params"]))
     assert 0 < float(jnp.abs(average - old).sum()) < float(jnp.abs(new - old).sum())
@@ -107,13 +129,52 @@ def test_the_average_of_weights_lags_behind_them(model_config: FalconConfig) -> 
 
 def test_a_step_that_is_not_finite_changes_no_weight_and_names_itself(model_config: FalconConfig) -> None:
     state, _ = run(model_config, OPTIONS, num_steps=2)
-    state["params"]["final_norm"]["scale"] = state["params"]["final_norm"]["scale"].at[0].set(jnp.nan)
+    state["params"]["final_norm"]["scale"] *= jnp.nan
     before = np.asarray(state["params"]["embed"]["weight"])
-    step = train_step.make_train_step(model_config, OPTIONS, ForwardOptions())
+    step = step_of(model_config, OPTIONS)
     for _ in range(2):
         state, metrics = step(state, tokens_of(model_config), np.float32(1e-2))
     assert int(metrics["first_bad_step"]) == 2
     np.testing.assert_array_equal(state["params"]["embed"]["weight"], before)
+
+
+def dropping_losses(config: FalconConfig, state: train_step.State, batches: list[np.ndarray]) -> list[float]:
+    """Losses of steps that change nothing but the step's number; `state` is copied, not donated."""
+    state = jax.tree.map(jnp.copy, state)
+    step = step_of(config, DROPPING)
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch, np.float32(0.0))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def test_dropout_differs_by_step_and_by_micro_batch_and_comes_back_with_the_step(model_config: FalconConfig) -> None:
+    state = train_step.init_state(model_config, DROPPING, seed=1)
+    batch = tokens_of(model_config)
+    exchanged = batch[[1, 0, 3, 2, 5, 4, 7, 6]]  # the rows of the two micro-batches
+    first, second = dropping_losses(model_config, state, [batch, batch])
+    assert first != second
+    assert dropping_losses(model_config, state, [exchanged])[0] != first
+    later = {**state, "step": jnp.ones((), jnp.int32)}
+    assert dropping_losses(model_config, later, [batch]) == [second]
+
+
+def test_evaluation_drops_nothing(model_config: FalconConfig) -> None:
+    params = model_params.init(model_config, jax.random.key(0), jnp.float32)
+    tokens, counts = tokens_of(model_config), np.full(8, 16, np.int32)
+    evaluate = train_step.make_eval_step(model_config, DROPPING, ForwardOptions())
+    np.testing.assert_allclose(evaluate(params, tokens, counts), plain_nats(model_config, params, tokens), rtol=1e-5)
+
+
+def test_without_dropout_a_step_draws_nothing(model_config: FalconConfig) -> None:
+    tokens = jax.ShapeDtypeStruct((8, 17), jnp.uint16)
+    draws = []
+    for options in (OPTIONS, DROPPING):
+        step = step_of(model_config, options)
+        state = train_step.abstract_state(model_config, options)
+        draws.append("random_bits" in str(jax.make_jaxpr(step)(state, tokens, jnp.float32(0.0))))
+    assert draws == [False, True]
 
 
 def test_options_out_of_range_are_refused() -> None:
@@ -121,3 +182,7 @@ def test_options_out_of_range_are_refused() -> None:
         StepOptions(num_micro_batches=0)
     with pytest.raises(ConfigError, match="ema_decay is 1"):
         StepOptions(ema_decay=1.0)
+    with pytest.raises(ConfigError, match="dropout is 1"):
+        StepOptions(dropout=1.0)
+    with pytest.raises(ConfigError, match="compute_dtype is 'float8'"):
+        StepOptions(compute_dtype="float8")

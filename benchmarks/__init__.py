@@ -1,0 +1,1 @@
+"""Measuring code behind scripts/benchmark.py, and scripts that measure one thing each. README.md lists them."""

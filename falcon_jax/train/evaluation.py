@@ -1,0 +1,199 @@
+"""How well a model predicts text: bits per byte and perplexity, by context length.
+
+Owns the cutting of documents into windows and what of each window is counted. Knows nothing of files. The one trap:
+every token of a document but its leading end-of-text is counted once, whatever the length and the stride, or the
+numbers of two lengths could not be compared.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int32, Integer
+from tqdm import tqdm
+
+from falcon_jax.config import FalconConfig
+from falcon_jax.errors import ConfigError
+from falcon_jax.model.decoder import ForwardOptions
+from falcon_jax.model.params import Params
+from falcon_jax.train.data import Split
+from falcon_jax.train.metrics import bits_per_byte
+from falcon_jax.train.step import StepOptions, make_eval_step
+
+MAX_LOGIT_BYTES = 2**30  # of a batch, at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Stretches of one document each. Window w reads tokens[begins[w]:] and predicts counts[w] targets, of which the
+    first skips[w] were counted in the window before. num_columns: the most targets that a window has."""
+
+    tokens: Integer[np.ndarray, " num_tokens"]
+    begins: np.ndarray
+    counts: Int32[np.ndarray, " W"]
+    skips: Int32[np.ndarray, " W"]
+    num_columns: int
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that are counted."""
+        return int((self.counts - self.skips).sum())
+
+    def batch(self, first: int, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Windows first, first + 1, ...: tokens [num_rows, num_columns + 1], right-padded with 0, counts and skips
+        [num_rows]. Rows past the last window have no targets, so that all batches have one shape."""
+        missing = max(0, first + num_rows - len(self))
+        begins, counts, skips = (
+            np.pad(array[first : first + num_rows], (0, missing)) for array in (self.begins, self.counts, self.skips)
+        )
+        columns = np.arange(self.num_columns + 1)
+        tokens = self.tokens.take(begins[:, None] + columns, mode="clip")
+        return np.where(columns <= counts[:, None], tokens, 0).astype(self.tokens.dtype), counts, skips
+
+
+def cut_windows(split: Split, length: int, stride: int | None = None) -> Windows:
+    """Windows of up to `length` inputs that begin every `stride` tokens of each document.
+
+    A stride of `length` (the default) gives windows that do not overlap: the first targets of each see next to nothing.
+    A shorter one slides: each target but a document's first sees at least length - stride + 1 tokens, or all that the
+    document has before it, at length / stride times the work.
+
+    Raises: ConfigError where the stride is not from 1 to length, or no document has a token.
+    """
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ConfigError(f"stride is {stride} and length {length}; the stride must be from 1 to the length")
+    sizes = np.diff([*split.starts, len(split.tokens)]) - 1  # targets of each document
+    if not (sizes > 0).any():
+        raise ConfigError("the text is empty; give at least one byte of it")
+    begins, counts, skips = [], [], []
+    for start, size in zip(split.starts, sizes):
+        if size < 1:
+            continue
+        number = max(0, -(-(size - length) // stride)) + 1
+        offsets = stride * np.arange(number)
+        begins.append(start + offsets)
+        counts.append(np.minimum(length, size - offsets))
+        skips.append(np.where(offsets > 0, length - stride, 0))
+    return Windows(
+        split.tokens,
+        np.concatenate(begins),
+        np.concatenate(counts).astype(np.int32),
+        np.concatenate(skips).astype(np.int32),
+        int(min(length, sizes.max())),
+    )
+
+
+def total_nats(
+    eval_step: Callable[[Params, Any, Any], jax.Array],
+    params: Params,
+    windows: Windows,
+    num_rows: int,
+    *,
+    place: Callable[[np.ndarray], Any] = lambda array: array,
+    advance: Callable[[int], Any] = lambda num_targets: None,
+) -> float:
+    """Nats of all counted targets, added up in float64.
+
+    eval_step: from `make_eval_step`. num_rows: windows a batch. place: puts a host array where the step wants it.
+    advance: told of each batch's counted targets when they are done.
+    """
+    total, pending = 0.0, collections.deque()
+
+    def settle() -> None:
+        nonlocal total
+        nats, counts, skips = pending.popleft()
+        host = np.asarray(nats)
+        total += float(np.sum(host, where=np.arange(host.shape[1]) >= skips[:, None], dtype=np.float64))
+        advance(int((counts - skips).sum()))
+
+    for first in range(0, len(windows), num_rows):
+        tokens, counts, skips = windows.batch(first, num_rows)
+        pending.append((eval_step(params, place(tokens), place(counts)), counts, skips))
+        if len(pending) > 2:  # the device has work while the host adds up
+            settle()
+    while pending:
+        settle()
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a model makes of a text in windows of `length` tokens, one every `stride`."""
+
+    length: int
+    stride: int
+    nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def protocol(self) -> str:
+        return "non-overlapping" if self.stride == self.length else "sliding"
+
+    @property
+    def bits_per_byte(self) -> float:
+        return bits_per_byte(self.nats, self.num_bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token: comparable between models of one vocabulary alone. Infinite where it outgrows a float."""
+        try:
+            return math.exp(self.nats / self.num_tokens)
+        except OverflowError:
+            return math.inf
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON has it; a number that is not finite is null."""
+        values = {"nats_per_token": self.nats / self.num_tokens, "bits_per_byte": self.bits_per_byte}
+        values["perplexity"] = self.perplexity
+        return {
+            "length": self.length,
+            "stride": self.stride,
+            "protocol": self.protocol,
+            **{name: value if math.isfinite(value) else None for name, value in values.items()},
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+        }
+
+
+def evaluate(
+    config: FalconConfig,
+    params: Params,
+    split: Split,
+    shapes: Iterable[tuple[int, int]],
+    *,
+    dtype: str = "bfloat16",
+    forward: ForwardOptions | None = None,
+    batch_tokens: int = 16384,
+    progress: bool = True,
+) -> Iterator[Score]:
+    """A score for each (length, stride), as it is done. Lengths may lie beyond the trained one.
+
+    dtype: what the model computes in. batch_tokens: tokens a batch holds, at least one row.
+
+    Raises: ConfigError where a shape is out of range, the text is empty or holds ids beyond the model's vocabulary.
+    """
+    largest = int(split.tokens.max(initial=0))
+    if largest >= config.vocab_size:
+        raise ConfigError(f"the text holds token {largest}, and the model has a vocab_size of {config.vocab_size}")
+    if batch_tokens < 1:
+        raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    cut = [(length, stride, cut_windows(split, length, stride)) for length, stride in shapes]
+    for length, stride, windows in cut:
+        num_rows = min(max(1, batch_tokens // windows.num_columns), len(windows))
+        logit_columns = MAX_LOGIT_BYTES // (4 * num_rows * config.vocab_size)
+        options = StepOptions(compute_dtype=dtype, loss_chunk_tokens=min(512, max(16, logit_columns)))
+        step = make_eval_step(config, options, forward or ForwardOptions())
+        with tqdm(
+            total=windows.num_targets, desc=f"length {length}, stride {stride}", unit="token", disable=not progress
+        ) as bar:
+            nats = total_nats(step, params, windows, num_rows, advance=bar.update)
+        yield Score(length, stride, nats, windows.num_targets, split.num_bytes)
