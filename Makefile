@@ -12,6 +12,7 @@ VENV ?= .venv
 # Accelerator support to install as well: cuda12, cuda13, or nothing for the CPU.
 EXTRAS ?=
 PROMPT ?= The lighthouse keeper
+SEED ?= 9
 WORKERS ?= 2
 ARGS ?=
 
@@ -32,7 +33,8 @@ export PYTHON
 setup: $(TEST)
 
 demo: $(CORE)
-	@$(BIN)/python scripts/generate.py "$(PROMPT)" --max-new-tokens 60
+	@$(BIN)/python scripts/generate.py "$(PROMPT)" --full-text --max-new-tokens 80 \
+		--temperature 0.8 --min-p 0.05 --repetition-penalty 1.1 --seed $(SEED)
 
 test: $(TEST)
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) $(ARGS)

@@ -138,7 +138,9 @@ def _stored_dtype(folder: Path) -> str:
 
 def _stored_model(folder: Path, dtype: str) -> Any:
     from transformers import FalconForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return FalconForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
 
 

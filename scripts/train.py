@@ -1,5 +1,4 @@
-"""Trains a Falcon from scratch on text files. A run found in --output is resumed from its newest
-checkpoint."""
+"""Trains a Falcon from scratch on text files. A run found in --output is resumed from its newest checkpoint."""
 
 import sys
 
@@ -9,15 +8,23 @@ from falcon_jax.errors import CheckpointError, ConfigError
 from falcon_jax.train.loop import NotFiniteError, Trainer
 from falcon_jax.train.settings import TrainConfig
 
-SIGNALLED = 3  # exit code: stopped by a signal, with a checkpoint written
+SIGNALLED = 3  # with a checkpoint written
 
 
 def main() -> int:
+    """The exit code: 0 done or out of --max-seconds, 2 not to be done, 3 stopped by a signal."""
     try:
         config = tyro.cli(tyro.conf.OmitArgPrefixes[TrainConfig], description=__doc__)
-        result = Trainer(config).run()
-    except (ConfigError, CheckpointError, NotFiniteError, OSError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        trainer = Trainer(config)
+        if trainer.step:
+            print(f"{config.output}: goes on from the checkpoint of step {trainer.step}", file=sys.stderr)
+        result = trainer.run()
+    except (ValueError, NotImplementedError, NotFiniteError, OSError) as error:
+        known = (ConfigError, CheckpointError, NotFiniteError, OSError)
+        # An attention that is unknown, or that cannot run here, is found when the step is made.
+        if not isinstance(error, known) and "attention: implementation=" not in str(error):
+            raise
+        print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     best = "not validated yet"
     if result.best_step >= 0:

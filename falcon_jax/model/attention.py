@@ -26,7 +26,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], step: Step, slots: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """Returns the attention output and, where `slots` (this layer's cached keys and values) came in, the new ones."""
+        """The attention output and, where `slots` (this layer's cached keys and values) came in, the new ones."""
         q, k = self._queries_and_keys(x, step)
         v = self.value(x)
         if slots is None:

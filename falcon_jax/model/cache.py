@@ -7,6 +7,8 @@ covers it before causality lets a query see it.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +38,9 @@ class KVCache:
         device = None if mesh is None else sharding.cache_sharding(shape, mesh)
         rows = None if mesh is None else sharding.batch_sharding((batch_size,), mesh)
 
-        def empty() -> tuple[Array, ...]:
-            return tuple(jnp.zeros(shape, dtype, device=device) for _ in range(config.num_layers))
-
-        return cls(empty(), empty(), jnp.zeros(batch_size, jnp.int32, device=rows))
+        # Made by one call: as many calls as arrays would take longer than a short prompt does.
+        keys, values = _zeros(config.num_layers, shape, jnp.dtype(dtype), device)()
+        return cls(keys, values, jnp.zeros(batch_size, jnp.int32, device=rows))
 
     @property
     def capacity(self) -> int:
@@ -53,6 +54,19 @@ class KVCache:
     def repeat(self, num_copies: int) -> KVCache:
         """Each row `num_copies` times, copies side by side: for several samples of one prompt."""
         return jax.tree.map(lambda x: jnp.repeat(x, num_copies, axis=0), self)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(num_layers: int, shape: tuple[int, ...], dtype: DTypeLike, layout: Any):
+    """A compiled function that makes the keys and the values of an empty cache."""
+
+    def make() -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        def layers() -> tuple[Array, ...]:
+            return tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
+
+        return layers(), layers()
+
+    return jax.jit(make, out_shardings=layout)
 
 
 def write(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from falcon_jax.config import FalconConfig
 from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
-from falcon_jax.model.linear import LayerNorm, Linear, declare
+from falcon_jax.model.linear import LayerNorm, Linear, declare, multiply
 from falcon_jax.model.step import ForwardOptions, Step, spans
 
 __all__ = ["FalconDecoder", "ForwardOptions"]
@@ -143,12 +143,8 @@ class FalconDecoder(nnx.Module):
         """Float32 logits of hidden states: the product in the parameters' dtype with float32 accumulation."""
         with jax.named_scope("logits"):
             if self.config.tie_word_embeddings:
-                weight = self.embed.weight[...]
-                contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-            else:
-                weight = self.lm_head.weight[...]
-                contract = (((hidden.ndim - 1,), (0,)), ((), ()))
-            return jax.lax.dot_general(hidden, weight, contract, preferred_element_type=jnp.float32)
+                return multiply(hidden, self.embed.weight[...], transposed=True, dtype=jnp.float32)
+            return multiply(hidden, self.lm_head.weight[...], dtype=jnp.float32)
 
     def attention_probabilities(self, token_ids: Int[Array, "B T"], layer: int) -> Float[Array, "B N T T"]:
         """What each query of `layer` (0 .. L-1) gives to each key, in float32."""

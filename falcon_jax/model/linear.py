@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -14,6 +15,29 @@ def declare(shape: tuple[int, ...], init: str) -> nnx.Param:
     Modules are built without arrays; `params.bind` puts the real ones in.
     """
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), init=init)
+
+
+def multiply(
+    x: Float[Array, "*rows I"],
+    weight: Float[Array, "I O"] | Float[Array, "O I"],
+    *,
+    transposed: bool = False,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "*rows O"]:
+    """x times a weight [I, O] ([O, I] if `transposed`), accumulated in float32 and rounded to `dtype` (None: x's)."""
+    contract = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
+
+    def plain(x: Array, weight: Array) -> Array:
+        return jax.lax.dot_general(x, weight, contract, preferred_element_type=dtype)
+
+    def twice(x: Array, weight: Array) -> Array:
+        return plain(jnp.concatenate([x, x], axis=-2), weight)[..., :1, :]
+
+    if x.ndim < 2 or x.size != x.shape[-1] or x.dtype != jnp.bfloat16:
+        return plain(x, weight)
+    # XLA's CPU compiler has a bfloat16 product for two rows and more. For one it keeps a float32 copy of the weight,
+    # made anew in every call: a second, larger model in memory, and twice the time (benchmarks/LOG.md).
+    return jax.lax.platform_dependent(x, weight, cpu=twice, default=plain)
 
 
 class Linear(nnx.Module):
@@ -33,7 +57,9 @@ class Linear(nnx.Module):
         inputs, outputs = weight.shape[: self.num_inputs], weight.shape[self.num_inputs :]
         leading = x.shape[: x.ndim - self.num_inputs]
         # One plain matrix product, whatever the shapes: XLA has its fast paths for those.
-        product = x.reshape(*leading, math.prod(inputs)) @ weight.reshape(math.prod(inputs), math.prod(outputs))
+        product = multiply(
+            x.reshape(*leading, math.prod(inputs)), weight.reshape(math.prod(inputs), math.prod(outputs))
+        )
         product = product.reshape(*leading, *outputs)
         return product + self.bias[...] if hasattr(self, "bias") else product
 

@@ -37,9 +37,16 @@ def alibi_bias(
     if rounding == "float32":
         distance = (key_positions[None, None, :] - query_positions[:, :, None]).astype(jnp.float32)
         return slopes[None, :, None, None] * distance[:, None] * scale
-    rounded = slopes.astype(jnp.bfloat16)[:, None] * key_positions.astype(jnp.bfloat16)[None, :]
-    scaled = (rounded.astype(jnp.float32) * scale).astype(dtype).astype(jnp.float32)
-    return scaled[None, :, None, :]
+    product = (
+        _rounded(slopes, jnp.bfloat16)[:, None] * _rounded(key_positions.astype(jnp.float32), jnp.bfloat16)[None, :]
+    )
+    return _rounded(_rounded(product, jnp.bfloat16) * scale, dtype)[None, :, None, :]
+
+
+def _rounded(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """float32 with the precision of `dtype`. A cast there and back would not do: XLA drops such pairs."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
 def attention_probabilities(

@@ -91,7 +91,7 @@ def test_bfloat16_agrees_with_transformers_in_argmax_and_divergence(variant, tmp
     loaded = load_from(model, tmp_path, dtype="bfloat16")
     lengths = [64] * 16
     ids = draw_ids(loaded.config.vocab_size, lengths)
-    theirs = np.stack(their_logits(model.to(torch.bfloat16), ids, lengths))
+    theirs = np.stack(their_logits(model.bfloat16(), ids, lengths))
     ours = our_logits(loaded, ids, lengths)
     log_p, log_q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x), axis=-1)) for x in (theirs, ours))
     divergence = np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))

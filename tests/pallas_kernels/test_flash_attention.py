@@ -96,39 +96,41 @@ def test_blocked_attention_never_holds_the_whole_score_array():
     def run(q, k, v):
         return attention_xla(q, k, v, offset, None, None, "float32", 1.0, max_scores_bytes=2**20)
 
-    temporary = jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+    analysis = jax.jit(run).lower(q, k, k).compile().memory_analysis()
+    assert analysis is not None
+    temporary = analysis.temp_size_in_bytes
     assert temporary < 4 * N * T * T / 4, temporary
 
 
-@pytest.mark.parametrize("num_heads", [4, 6, 8, 71, 128])
+@pytest.mark.parametrize("num_heads", [4, 6, 71])
 def test_extra_columns_carry_alibi_without_a_bias(num_heads):
     """The independent form of ALiBi, which is also how cuDNN gets it: 8 more columns in q and k, no bias."""
-    q, k, v = draw((1, 600, 600, num_heads, 1, 16))
+    q, k, v = draw((1, 300, 300, num_heads, 1, 16))
     slopes = jnp.asarray(alibi_slopes(num_heads))
     expected = attention(q, k, v, slopes=slopes, scale=0.25)
-    a, c = alibi_columns(slopes, 600, jnp.bfloat16)
-    wide_q = jnp.concatenate([q, jnp.broadcast_to(a.astype(jnp.float32), (1, 600, num_heads, 8))], -1)
-    wide_k = jnp.concatenate([k, jnp.broadcast_to(c.astype(jnp.float32)[None, :, None], (1, 600, 1, 8))], -1)
+    a, c = alibi_columns(slopes, 300, jnp.bfloat16)
+    wide_q = jnp.concatenate([q, jnp.broadcast_to(a.astype(jnp.float32), (1, 300, num_heads, 8))], -1)
+    wide_k = jnp.concatenate([k, jnp.broadcast_to(c.astype(jnp.float32)[None, :, None], (1, 300, 1, 8))], -1)
     wide_v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 8)))
     out = attention(wide_q, wide_k, wide_v, scale=0.25)[..., :16]
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_heads", [1, 4, 5, 64, 71])
+@pytest.mark.parametrize("num_heads", [1, 4, 5, 9, 64, 71])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hf_bf16_bias_has_the_very_bits_of_transformers(num_heads, dtype):
     length, head_dim = 1500, 64
     theirs = build_alibi_tensor(torch.ones(1, length, dtype=torch.long), num_heads, getattr(torch, dtype))
     theirs = (theirs / math.sqrt(head_dim)).float().numpy().reshape(num_heads, length)
     j = jnp.arange(length, dtype=jnp.int32)
-    ours = alibi_bias(
-        jnp.asarray(alibi_slopes(num_heads)),
-        j[None, -1:],
-        j,
-        rounding="hf_bf16",
-        scale=1 / math.sqrt(head_dim),
-        dtype=jnp.dtype(dtype),
-    )
+
+    # Compiled as one function: that is where a rounding may be optimised away.
+    @jax.jit
+    def bias(slopes):
+        scale = 1 / math.sqrt(head_dim)
+        return alibi_bias(slopes, j[None, -1:], j, rounding="hf_bf16", scale=scale, dtype=jnp.dtype(dtype))
+
+    ours = bias(jnp.asarray(alibi_slopes(num_heads)))
     np.testing.assert_allclose(ours[0, :, 0], theirs, rtol=2e-7)
 
 

@@ -92,14 +92,14 @@ def test_padding_does_not_change_the_angles_of_dynamic_rope() -> None:
 
 def test_what_cannot_be_scored_is_refused(model_config: FalconConfig) -> None:
     params = model_params.abstract(model_config, jnp.float32)
-    for split, options, message in (
-        (Split(np.asarray([0, 999]), np.asarray([0]), 1), {}, "token 999, and the model has a vocab_size of 296"),
-        (Split(np.asarray([0, 0]), np.asarray([0, 1]), 0), {}, "the text is empty"),
-        (Split(np.zeros(0, np.int32), np.zeros(0, np.int64), 0), {}, "the text is empty"),
-        (TWO_DOCUMENTS, {"batch_tokens": 0}, "batch_tokens is 0"),
+    for split, batch_tokens, message in (
+        (Split(np.asarray([0, 999]), np.asarray([0]), 1), 8, "token 999, and the model has a vocab_size of 296"),
+        (Split(np.asarray([0, 0]), np.asarray([0, 1]), 0), 8, "the text is empty"),
+        (Split(np.zeros(0, np.int32), np.zeros(0, np.int64), 0), 8, "the text is empty"),
+        (TWO_DOCUMENTS, 0, "batch_tokens is 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            next(evaluate(model_config, params, split, [(8, 8)], progress=False, **options))
+            next(evaluate(model_config, params, split, [(8, 8)], batch_tokens=batch_tokens, progress=False))
 
 
 def test_a_score_that_outgrows_a_float_is_null_in_json() -> None:

@@ -91,10 +91,10 @@ def test_loss_and_gradient_are_those_of_the_plain_loss_with_z_loss(model_config:
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_eight_devices_train_as_one(model_config: FalconConfig, cpu_devices: list) -> None:
+def test_eight_devices_train_as_one_and_drop_the_same(model_config: FalconConfig, cpu_devices: list) -> None:
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=cpu_devices)
-    alone, losses = run(model_config, OPTIONS)
-    spread, spread_losses = run(model_config, OPTIONS, mesh)
+    alone, losses = run(model_config, DROPPING)
+    spread, spread_losses = run(model_config, DROPPING, mesh)
     np.testing.assert_allclose(spread_losses, losses, rtol=1e-5)
     query = spread["params"]["layers"][0]["attention"]["query"]["weight"]
     assert query.sharding.spec[:2] == ("fsdp", "tensor")
