@@ -149,7 +149,8 @@ def _random_model(config: FalconConfig, dtype: str, device: str) -> Any:
     import torch
     import transformers as hf
 
-    settings = hf.FalconConfig(**config.to_hf(), attn_implementation="sdpa")
+    keys: dict[str, Any] = config.to_hf() | {"attn_implementation": "sdpa"}
+    settings = hf.FalconConfig(**keys)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:

@@ -6,6 +6,7 @@ peer generate the same tokens in turns, and medians count. The last line on stdo
 python scripts/benchmark.py --model falcon-7b --batch 1 --context 4000 --new-tokens 128 --peer hf --save falcon-7b
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -160,7 +161,7 @@ def say(line: str) -> None:
 
 
 def run() -> int:
-    """The exit code: 0 done, 2 not to be done, 130 interrupted."""
+    """The exit code: 0 done, 2 not to be done, 130 interrupted, 141 nobody reads on."""
     arguments = tyro.cli(Arguments, description=__doc__)
     sys.path.insert(0, str(REPOSITORY))  # for `benchmarks`, which no wheel holds
     # Before JAX starts: the peer needs its part of a GPU's memory.
@@ -168,13 +169,17 @@ def run() -> int:
     from falcon_jax.errors import CheckpointError, ConfigError, RequestError
 
     try:
-        document = main(arguments)
+        print(json.dumps(main(arguments)), flush=True)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit, into a pipe that is gone.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (CheckpointError, ConfigError, RequestError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(json.dumps(document))
     return 0
 
 
