@@ -69,7 +69,7 @@ class Chunk(NamedTuple):
     done: Bool[Array, " B"]
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last"))
+@functools.partial(jax.jit, static_argnames=("model", "is_first"), donate_argnames=("cache", "last"))
 def prefill(
     params: Params,
     token_ids: Int[Array, "B T"],
@@ -79,10 +79,15 @@ def prefill(
     last: Float[Array, "B D"],
     *,
     model: Model,
+    is_first: bool,
 ) -> tuple[KVCache, Float[Array, "B D"]]:
-    """Reads columns start .. start + T of the prompts; `last` collects the state of each row's last token."""
+    """Reads columns start .. start + T of the prompts; `last` collects the state of each row's last token.
+
+    The first call, with start = 0, attends to its own T keys alone instead of the whole empty cache.
+    """
     T = token_ids.shape[1]
-    hidden, cache = _read(_decoder(params, model), token_ids, cache, jnp.clip(lengths - start, 0, T))
+    num_tokens = jnp.clip(lengths - start, 0, T)
+    hidden, cache = _read(_decoder(params, model), token_ids, cache, num_tokens, cache_is_empty=is_first)
     column = lengths - 1 - start
     picked = jnp.take_along_axis(hidden, jnp.clip(column, 0, T - 1)[:, None, None], axis=1)[:, 0]
     last = jnp.where(((column >= 0) & (column < T))[:, None], picked, last)
@@ -264,7 +269,9 @@ class Engine:
         start = 0
         for size in sizes:
             (columns,) = self._rows(token_ids[:, start : start + size])
-            cache, last = prefill(self.params, columns, np.int32(start), lengths, cache, last, model=self.model)
+            cache, last = prefill(
+                self.params, columns, np.int32(start), lengths, cache, last, model=self.model, is_first=start == 0
+            )
             start += size
         if num_samples > 1:
             return repeat_rows(cache, last, model=self.model, num_copies=num_samples)
@@ -369,9 +376,14 @@ def _decoder(params: Params, model: Model) -> FalconDecoder:
 
 
 def _read(
-    decoder: FalconDecoder, token_ids: Int[Array, "B T"], cache: KVCache, num_tokens: Int[Array, " B"]
+    decoder: FalconDecoder,
+    token_ids: Int[Array, "B T"],
+    cache: KVCache,
+    num_tokens: Int[Array, " B"],
+    *,
+    cache_is_empty: bool = False,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    hidden, filled = decoder(token_ids, cache=cache, num_tokens=num_tokens)
+    hidden, filled = decoder(token_ids, cache=cache, num_tokens=num_tokens, cache_is_empty=cache_is_empty)
     assert filled is not None  # a cache came in
     return hidden, filled
 

@@ -29,17 +29,14 @@ class Attention(nnx.Module):
         """The attention output and, where `slots` (this layer's cached keys and values) came in, the new ones."""
         q, k = self._queries_and_keys(x, step)
         v = self.value(x)
-        if slots is None:
-            k = self._rotate_late(k, step)
-            out = flash_attention.attention(q, k, v, **step.attention_arguments())
-            return self.output(out), None
-
-        keys = kv_cache.write(slots[0], k, step.offsets)
-        values = kv_cache.write(slots[1], v, step.offsets)
+        kept = None
+        if slots is not None:
+            kept = kv_cache.write(slots[0], k, step.offsets), kv_cache.write(slots[1], v, step.offsets)
+        keys, values, offset = (*kept, step.offsets) if kept and step.reads_cache else (k, v, None)
         out = flash_attention.attention(
-            q, self._rotate_late(keys, step), values, query_offset=step.offsets, **step.attention_arguments()
+            q, self._rotate_late(keys, step), values, query_offset=offset, **step.attention_arguments()
         )
-        return self.output(out), (keys, values)
+        return self.output(out), kept
 
     def probabilities(self, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B N T T"]:
         """What each query gives to each key, in float32: for looking at, not on any fast path."""

@@ -100,6 +100,7 @@ class FalconDecoder(nnx.Module):
         *,
         cache: KVCache | None = None,
         num_tokens: Int[Array, " B"] | None = None,
+        cache_is_empty: bool = False,
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The final hidden states of T tokens a row, and the cache that now holds them.
@@ -109,6 +110,8 @@ class FalconDecoder(nnx.Module):
           cache: what the rows hold already; row b's tokens continue at position cache.lengths[b]. None starts at 0
             and keeps nothing.
           num_tokens: how many of each row's T tokens are real; None means all.
+          cache_is_empty: the caller knows that no row holds anything yet (static): attention then reads the T new keys
+            and not the whole cache.
           dropout_key: in training, drops what blocks add with the probability config.hidden_dropout; None: never.
 
         Returns:
@@ -117,8 +120,7 @@ class FalconDecoder(nnx.Module):
         """
         B, T = token_ids.shape
         offsets, ends = spans(cache, B, T, num_tokens)
-        capacity = T if cache is None else cache.capacity
-        step = Step.begin(self.config, self.options, T, offsets, ends, capacity)
+        step = Step.begin(self.config, self.options, T, offsets, ends, None if cache_is_empty else cache)
 
         x = self.embed(token_ids)
         keys, values = [], []
@@ -150,7 +152,7 @@ class FalconDecoder(nnx.Module):
         """What each query of `layer` (0 .. L-1) gives to each key, in float32."""
         B, T = token_ids.shape
         offsets, ends = spans(None, B, T, None)
-        step = Step.begin(self.config, self.options, T, offsets, ends, T)
+        step = Step.begin(self.config, self.options, T, offsets, ends)
         x = self.embed(token_ids)
         for block in list(self.layers)[:layer]:
             x, _ = block(x, step, None)

@@ -38,6 +38,7 @@ class Step:
     slopes: Float[Array, " N"] | None  # ALiBi
     rotary: tuple[Float[Array, "B T H"], Float[Array, "B T H"]] | None  # cos and sin at the tokens
     key_rotary: tuple[Float[Array, "B S H"], Float[Array, "B S H"]] | None  # cos and sin at all keys, dynamic RoPE
+    reads_cache: bool  # False: the tokens at hand are all the keys there are
     alibi: str
     implementation: str | None
     dropout_key: Key[Array, ""] | None = None  # the layer's own, in training
@@ -50,9 +51,13 @@ class Step:
         num_columns: int,
         offsets: Array,
         ends: Array,
-        capacity: int,
+        cache: KVCache | None = None,
     ) -> Step:
-        """For T = `num_columns` tokens a row from position `offsets`, rows ending at `ends`, `capacity` keys."""
+        """For T = `num_columns` tokens a row from position `offsets`, rows ending at `ends`.
+
+        `cache` is the one that attention reads; None where the tokens at hand are all the keys there are.
+        """
+        capacity = num_columns if cache is None else cache.capacity
         slopes = rotary = key_rotary = None
         if config.rope is None:
             slopes = jnp.asarray(positions.alibi_slopes(config.num_heads))
@@ -62,7 +67,7 @@ class Step:
             if positions.keeps_unrotated_keys(config):
                 keys = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (offsets.shape[0], capacity))
                 key_rotary = positions.rotary_angles(config.rope, config.head_dim, keys, ends)
-        return cls(offsets, slopes, rotary, key_rotary, options.alibi, options.attention)
+        return cls(offsets, slopes, rotary, key_rotary, cache is not None, options.alibi, options.attention)
 
     def attention_arguments(self) -> dict:
         """The keyword arguments that every layer's attention call has in common."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from falcon_jax import config as config_module
-from falcon_jax.config import PRESETS, FalconConfig, Rope
+from falcon_jax.config import FalconConfig, Rope
 from falcon_jax.errors import ConfigError
 from tests.config.test_config import GROUPED, LEGACY_7B, LEGACY_40B, SMALL
 

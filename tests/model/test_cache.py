@@ -34,15 +34,17 @@ def full_logits(config, params, ids, num_tokens):
     return decoder.logits(decoder(ids, num_tokens=num_tokens)[0])
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def extend(config, params, cache, ids, num_tokens):
+@functools.partial(jax.jit, static_argnames=("config", "is_first"), donate_argnames="cache")
+def extend(config, params, cache, ids, num_tokens, is_first=False):
     decoder = model_params.bind(config, params)
-    hidden, cache = decoder(ids, cache=cache, num_tokens=num_tokens)
+    hidden, cache = decoder(ids, cache=cache, num_tokens=num_tokens, cache_is_empty=is_first)
     return decoder.logits(hidden), cache
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, DYNAMIC])
-def test_cached_decoding_equals_the_full_forward(name):
+@pytest.mark.parametrize(
+    ("name", "is_first"), [(name, True) for name in (*VARIANTS, DYNAMIC)] + [("falcon-40b", False), (DYNAMIC, False)]
+)
+def test_cached_decoding_equals_the_full_forward(name, is_first):
     """A ragged prefill, then tokens one at a time and in chunks, each against an uncached pass over all of it."""
     config = variant_config(name)
     params = random_params(config)
@@ -50,7 +52,7 @@ def test_cached_decoding_equals_the_full_forward(name):
     lengths = np.asarray([4, 7, 1])
     cache = KVCache.create(config, 3, 20, jnp.float32)
     prompt = jnp.where(jnp.arange(7) < lengths[:, None], ids[:, :7], 0)
-    logits, cache = extend(config, params, cache, prompt, jnp.asarray(lengths))
+    logits, cache = extend(config, params, cache, prompt, jnp.asarray(lengths), is_first=is_first)
 
     def check(logits, rows, lengths, columns):
         whole = full_logits(config, params, ids, jnp.asarray(lengths))

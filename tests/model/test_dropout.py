@@ -38,7 +38,7 @@ def hidden(config: FalconConfig, key: jax.Array | None) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _added(config: FalconConfig, key: jax.Array | None) -> jax.Array:
-    step = Step.begin(config, ForwardOptions(), T, *spans(None, B, T, None), T)
+    step = Step.begin(config, ForwardOptions(), T, *spans(None, B, T, None))
     x = jnp.zeros((B, T, config.width))
     return bind(config).layers[0](x, dataclasses.replace(step, dropout_key=key), None)[0]
 
