@@ -1,6 +1,11 @@
 """The errors a user can cause, each a ValueError whose one line says what was wrong and what would be right."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, as the commands print it."""
+    return " ".join(str(error).split())
+
+
 class ConfigError(ValueError):
     """A model configuration that contradicts itself, lacks a key or names something unknown."""
 

@@ -35,7 +35,7 @@ def main() -> int:
     """The exit code: 0 done, 2 not to be done, 130 interrupted."""
     arguments = tyro.cli(Arguments, description=__doc__)
     from falcon_jax.checkpoint import CheckpointError, convert
-    from falcon_jax.errors import ConfigError
+    from falcon_jax.errors import ConfigError, one_line
 
     try:
         convert(
@@ -51,7 +51,7 @@ def main() -> int:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
     except (CheckpointError, ConfigError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(arguments.destination)
     return 0

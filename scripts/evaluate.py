@@ -92,7 +92,7 @@ def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     import jax  # late: --help need not wait for it
 
-    from falcon_jax.errors import CheckpointError, ConfigError
+    from falcon_jax.errors import CheckpointError, ConfigError, one_line
 
     try:
         scores = measure(arguments)
@@ -103,7 +103,7 @@ def main() -> int:
         known = (CheckpointError, ConfigError, OSError)
         if not isinstance(error, known) and "attention: implementation=" not in str(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -25,7 +25,7 @@ def main() -> int:
     """The exit code: 0 done, 2 not to be done, 130 interrupted."""
     arguments = tyro.cli(Arguments, description=__doc__)
     from falcon_jax.checkpoint import CheckpointError, export
-    from falcon_jax.errors import ConfigError
+    from falcon_jax.errors import ConfigError, one_line
 
     if arguments.max_shard_gb <= 0:
         print(f"error: --max-shard-gb is {arguments.max_shard_gb}; it must be above 0", file=sys.stderr)
@@ -35,7 +35,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (CheckpointError, ConfigError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(arguments.destination)
     return 0

@@ -156,11 +156,11 @@ def run() -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ValueError as error:
-        from falcon_jax.errors import CheckpointError, ConfigError, RequestError
+        from falcon_jax.errors import CheckpointError, ConfigError, RequestError, one_line
 
         if not isinstance(error, (CheckpointError, ConfigError, RequestError)):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

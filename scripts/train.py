@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from falcon_jax.errors import CheckpointError, ConfigError
+from falcon_jax.errors import CheckpointError, ConfigError, one_line
 from falcon_jax.train.loop import NotFiniteError, Trainer
 from falcon_jax.train.settings import TrainConfig
 
@@ -24,7 +24,7 @@ def main() -> int:
         # An attention that is unknown, or that cannot run here, is found when the step is made.
         if not isinstance(error, known) and "attention: implementation=" not in str(error):
             raise
-        print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"train: {one_line(error)}", file=sys.stderr)
         return 2
     best = "not validated yet"
     if result.best_step >= 0:

@@ -135,6 +135,7 @@ class Trainer:
             stack.callback(self._checkpoints.close)
             self._pending: list[tuple[int, train_step.Metrics]] = []
             self._logged_step, self._stopwatch = first, Stopwatch()
+            self._timed_step, self._tokens_per_s = first, 0.0
             self._saved_step, self._saved_at = first, time.monotonic()
             while self.total_steps is None or self.step < self.total_steps:
                 self._advance(batches)
@@ -199,9 +200,12 @@ class Trainer:
                 f"{self.config.learning_rate}) or lengthen --warmup-steps, and run again from the last "
                 "checkpoint"
             )
-        tokens_per_s = (
-            (step - self._logged_step) * self.config.batch_size * self.config.length / self._stopwatch.read_s()
-        )
+        if self.step > self._timed_step:
+            # Of the steps handed to the device since the last report, which keeps pace with them; the steps reported
+            # here are older, and of those it is not known when they ended.
+            num_tokens = (self.step - self._timed_step) * self.config.batch_size * self.config.length
+            self._tokens_per_s = num_tokens / self._stopwatch.read_s()
+            self._timed_step = self.step
         loss = float(np.mean([value["loss"] for value in values]))
         rate = self.config.schedule().rate(step - 1, self.total_steps)
         self._metrics.write(
@@ -211,11 +215,11 @@ class Trainer:
             z_loss=float(last["z_loss"]),
             grad_norm=float(last["grad_norm"]),
             learning_rate=rate,
-            tokens_per_s=round(tokens_per_s),
+            tokens_per_s=round(self._tokens_per_s),
             epoch=step * self.config.batch_size / self.order.num_windows,
             elapsed_s=round(self.elapsed_s(), 2),
         )
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, lr {rate:.2e}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {self._tokens_per_s:,.0f} tokens/s, lr {rate:.2e}", refresh=False)
         self._bar.update(step - self._logged_step)
         self._logged_step = step
 

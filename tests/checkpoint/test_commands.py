@@ -1,13 +1,7 @@
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from falcon_jax.checkpoint import load
-from tests import hf_models
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from tests import commands, hf_models
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +15,7 @@ def run(monkeypatch, capsys):
     """run(script, *arguments) -> (exit code, stdout, stderr)."""
 
     def run_script(script, *arguments):
-        specification = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
-        assert specification is not None and specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, script, module)
-        specification.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        try:
-            code = module.main()
-        except SystemExit as stop:
-            code = stop.code
+        code = commands.exit_code(commands.load_script(script), monkeypatch, *arguments)
         return code, *capsys.readouterr()
 
     return run_script

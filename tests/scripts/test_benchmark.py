@@ -3,7 +3,6 @@
 How fast anything is stays out of tests.
 """
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,20 +13,14 @@ import pytest
 from benchmarks import hardware, measure
 from falcon_jax.config import PRESETS
 from falcon_jax.model import params as model_params
-from tests import hf_models, models
+from tests import commands, hf_models, models
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 NEW_TOKENS = 3
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return commands.load_script("benchmark")
 
 
 @pytest.fixture(scope="module")

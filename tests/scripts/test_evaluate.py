@@ -1,8 +1,6 @@
 """scripts/evaluate.py: what it prints, and one line and exit code 2 for what it cannot measure."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -14,9 +12,10 @@ from falcon_jax.model import params as model_params
 from falcon_jax.train.data import read_texts
 from falcon_jax.train.evaluation import evaluate
 from falcon_jax.train.final import write_model
+from tests import commands
 from tests.train import toys
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+SCRIPT = commands.SCRIPTS / "evaluate.py"  # some text file
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +35,10 @@ def model(tmp_path_factory, corpus) -> Path:
 def call(monkeypatch, capsys):
     """Runs the script in this process; returns its exit code, stdout and stderr."""
 
+    script = commands.load_script("evaluate")
+
     def run(*arguments: object) -> tuple[int | str | None, str, str]:
-        specification = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-        assert specification is not None and specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, "evaluate_script", module)
-        specification.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        try:
-            code = module.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return commands.exit_code(script, monkeypatch, *arguments), *capsys.readouterr()
 
     return run
 

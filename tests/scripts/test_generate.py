@@ -1,6 +1,5 @@
 """scripts/generate.py: prompts from anywhere, one line and exit code 2 for what cannot be served."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -10,19 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import hf_models
+from tests import commands, hf_models
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
+SCRIPT = commands.SCRIPTS / "generate.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return commands.load_script("generate")
 
 
 @pytest.fixture(scope="module")

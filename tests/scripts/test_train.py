@@ -1,17 +1,14 @@
 """scripts/train.py and scripts/train_tokenizer.py from the command line: exit codes, one line for what is wrong."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from falcon_jax.checkpoint import load
 from falcon_jax.tokenizer import Tokenizer
+from tests import commands
 from tests.train import toys
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +26,7 @@ def call(monkeypatch, capsys):
     """Runs a script in this process; returns its exit code, stdout and stderr."""
 
     def run(name: str, *arguments: object) -> tuple[int | str | None, str, str]:
-        specification = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        assert specification is not None and specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, name, module)
-        specification.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        try:
-            code = module.main()
-        except SystemExit as stop:
-            code = stop.code
+        code = commands.exit_code(commands.load_script(name), monkeypatch, *arguments)
         return code, *capsys.readouterr()
 
     return run
