@@ -3,6 +3,7 @@
 How fast anything is stays out of tests.
 """
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
