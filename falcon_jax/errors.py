@@ -16,3 +16,7 @@ class CheckpointError(ValueError):
 
 class RequestError(ValueError):
     """A generation request that cannot be served: an empty prompt, a sampling value out of range, too many tokens."""
+
+
+# What a command answers with one line and exit code 2; any other error is ours, and keeps its traceback.
+USER_ERRORS = (CheckpointError, ConfigError, RequestError)

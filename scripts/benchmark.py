@@ -166,7 +166,7 @@ def run() -> int:
     sys.path.insert(0, str(REPOSITORY))  # for `benchmarks`, which no wheel holds
     # Before JAX starts: the peer needs its part of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from falcon_jax.errors import CheckpointError, ConfigError, RequestError, one_line
+    from falcon_jax.errors import USER_ERRORS, one_line
 
     try:
         print(json.dumps(main(arguments)), flush=True)
@@ -177,7 +177,7 @@ def run() -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (CheckpointError, ConfigError, RequestError) as error:
+    except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -144,6 +144,8 @@ def print_json(model: "Falcon", prompt: str, options: dict[str, Any], num_sample
 def run() -> int:
     """The exit code: 0 done, 2 not to be served, 130 interrupted, 141 nobody reads on."""
     arguments = tyro.cli(Arguments, description=__doc__)
+    from falcon_jax.errors import USER_ERRORS, one_line
+
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main(arguments)
@@ -155,11 +157,7 @@ def run() -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except ValueError as error:
-        from falcon_jax.errors import CheckpointError, ConfigError, RequestError, one_line
-
-        if not isinstance(error, (CheckpointError, ConfigError, RequestError)):
-            raise
+    except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a row with no visible key gives zeros below and not NaN (-inf minus -inf).
 MASKED = -1e30
@@ -73,9 +73,14 @@ def attention_probabilities(
     if lengths is not None:
         visible &= j[None, None, :] < lengths[:, None, None]
     visible = visible[:, None]
+    return _masked_softmax(scores, visible, axis=-1)
+
+
+def _masked_softmax(scores: Float[Array, "..."], visible: Bool[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Softmax over the visible entries of `axis`; zeros where none is visible."""
     scores = jnp.where(visible, scores, MASKED)
-    weights = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=axis, keepdims=True)), 0.0)
+    total = jnp.sum(weights, axis=axis, keepdims=True)
     return weights / jnp.where(total == 0.0, 1.0, total)
 
 
@@ -123,10 +128,7 @@ def attention_one_token(
         scores += bias.reshape(-1, K, G, S).swapaxes(2, 3)
     ends = query_offset + 1 if lengths is None else jnp.minimum(query_offset + 1, lengths)
     visible = (j[None, :] < ends[:, None])[:, None, :, None]  # [B, 1, S, 1]
-    scores = jnp.where(visible, scores, MASKED)
-    weights = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=2, keepdims=True)), 0.0)
-    total = jnp.sum(weights, axis=2, keepdims=True)
-    weights = (weights / jnp.where(total == 0.0, 1.0, total)).astype(v.dtype)
+    weights = _masked_softmax(scores, visible, axis=2).astype(v.dtype)
     out = jnp.einsum("bksg,bskh->bkgh", weights, v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(B, 1, N, H)
 

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from falcon_jax import checkpoint
+from falcon_jax.falcon import BUNDLED_MODEL
 from falcon_jax.model import params as model_params
 from falcon_jax.model.step import ForwardOptions
 from tests import hf_models
@@ -100,6 +103,30 @@ def test_bfloat16_agrees_with_transformers_in_argmax_and_divergence(variant, tmp
     # argmax takes the lowest id, a choice without meaning: any of them agrees. Ours are float32 and never tie.
     chosen = np.take_along_axis(theirs, ours.argmax(-1)[..., None], axis=-1)[..., 0]
     assert np.mean(chosen == theirs.max(-1)) >= 0.99
+
+
+def test_bfloat16_falcon_nano_chooses_as_the_float32_model_does():
+    """Plain argmax, ties not excused, against transformers in float32: 99 %, and no less than its own bfloat16.
+
+    Against its bfloat16 plain argmax stays near 99 % because that model's rounding is in the comparison too: on the
+    random models above it agrees with its own float32 in 97.6 to 98.9 % only.
+    """
+    loaded = checkpoint.load(BUNDLED_MODEL, dtype="bfloat16")
+    exact: Any = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    torch.manual_seed(0)
+    start = torch.zeros(8, 1, dtype=torch.long)  # id 0 begins a text
+    sampling = {"do_sample": True, "temperature": 0.9, "top_k": 0, "min_new_tokens": 255, "max_new_tokens": 255}
+    ids = exact.generate(start, attention_mask=torch.ones_like(start), pad_token_id=0, **sampling).numpy()
+    lengths = [ids.shape[1]] * len(ids)
+    chosen = np.stack(their_logits(exact, ids, lengths)).argmax(-1)
+    rounded = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.bfloat16)
+    theirs = np.stack(their_logits(rounded, ids, lengths))
+    ours = our_logits(loaded, ids.astype(np.int32), lengths)
+    agreement = np.mean(ours.argmax(-1) == chosen)
+    assert agreement >= 0.99
+    assert agreement >= np.mean(theirs.argmax(-1) == chosen)
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x), axis=-1)) for x in (theirs, ours))
+    assert np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)) < 1e-3
 
 
 def test_exact_alibi_differs_from_the_rounded_one_only_by_the_rounding(tmp_path):

@@ -13,7 +13,7 @@ from falcon_jax.model.positions import alibi_slopes
 from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.flash_attention.cudnn import alibi_columns
-from pallas_kernels.flash_attention.reference import alibi_bias, attention_reference, attention_xla
+from pallas_kernels.flash_attention.reference import alibi_bias, attention_one_token, attention_reference, attention_xla
 
 # B, T, S, N, K, H: multi-head, grouped, multi-query with an odd head count, single tokens, odd lengths.
 SHAPES = [(2, 7, 7, 4, 4, 8), (1, 13, 29, 6, 2, 16), (3, 1, 17, 5, 1, 8), (2, 33, 33, 7, 1, 24)]
@@ -62,8 +62,9 @@ def test_attention_equals_float64_loops(shape, with_alibi):
     np.testing.assert_allclose(out, naive(q, k, v, offset, lengths, slopes, H**-0.5), atol=2e-6)
 
 
-def test_queries_that_see_no_key_give_zeros():
-    q, k, v = draw((2, 3, 5, 2, 1, 8))
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_queries_that_see_no_key_give_zeros(num_queries):
+    q, k, v = draw((2, num_queries, 5, 2, 1, 8))
     out = attention(q, k, v, lengths=jnp.asarray([0, 5], jnp.int32))
     assert not np.any(out[0]) and np.all(np.isfinite(out)) and np.any(out[1])
 
@@ -134,12 +135,23 @@ def test_hf_bf16_bias_has_the_very_bits_of_transformers(num_heads, dtype):
     np.testing.assert_allclose(ours[0, :, 0], theirs, rtol=2e-7)
 
 
-def test_one_token_of_bfloat16_stays_within_twice_the_error_of_plain_bfloat16():
+@pytest.mark.parametrize("alibi", [None, "float32", "hf_bf16"])
+def test_one_token_of_bfloat16_stays_within_twice_the_error_of_the_reference(alibi):
     shape = (2, 1, 300, 8, 1, 64)
     q, k, v = draw(shape, jnp.bfloat16)
     offset = jnp.asarray([299, 120], jnp.int32)
-    exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), query_offset=offset)
-    assert np.max(np.abs(attention(q, k, v, query_offset=offset) - exact)) < 2 * 2**-8
+    slopes = None if alibi is None else jnp.asarray(alibi_slopes(8))
+
+    def run(function, dtype):
+        q_, k_, v_ = (x.astype(dtype) for x in (q, k, v))
+        return function(q_, k_, v_, offset, None, slopes, alibi or "float32", 0.125).astype(jnp.float32)
+
+    exact = run(attention_reference, jnp.float32)
+    error, allowed = (
+        float(jnp.max(jnp.abs(run(function, jnp.bfloat16) - exact)))
+        for function in (attention_one_token, attention_reference)
+    )
+    assert error <= 2 * allowed + 1e-5
 
 
 def test_a_named_implementation_is_used_or_refused():
