@@ -1,0 +1,19 @@
+"""Runs kernels by interpretation on the CPU, and fails where two threads touch memory without an order between them."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced inside are interpreted; call them inside, and wait for them. Raises where there was a data race."""
+    # Copies fill what lies outside an array with zeros, as the hardware does.
+    parameters = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="zero")
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    with plgpu.force_gpu_interpret_mode(parameters), jax.default_device(jax.devices("cpu")[0]):
+        yield
+    assert not gpu_callbacks.get_races().races_found, "a data race; the interpreter printed where"
