@@ -17,6 +17,7 @@ Train Short, Test Long (2022), for ALiBi.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,15 +36,7 @@ LOG2E = math.log2(math.e)
 # weights of exactly zero.
 LOWEST_MAXIMUM = -1e20
 ROWS = 64  # queries of a warpgroup: the M of Hopper's matrix instruction
-
-
-class Tile(NamedTuple):
-    """A tile of queries of one row and head: int32 scalars."""
-
-    batch: Any
-    head: Any
-    kv_head: Any
-    index: Any
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +55,24 @@ class Blocks:
     take_turns: bool = True
 
 
-def default_blocks(head_dim: int) -> Blocks:
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What is fixed when the kernel is compiled. num_queries, num_keys: T and S before they are padded."""
+
+    blocks: Blocks
+    num_keys: int
+    num_queries: int
+    alibi: str | None
+    scale: float
+    interpretable: bool
+
+
+def default_blocks(head_dim: int, alibi: str | None) -> Blocks:
     """What measured fastest on an H100 (benchmarks/LOG.md)."""
-    return Blocks(2, 128, 2, take_turns=False) if head_dim == 128 else Blocks(3, 128, 3)
+    if head_dim == 128:
+        return Blocks(2, 128, 2, take_turns=False)
+    # Rounding as transformers does takes more registers than three warpgroups have.
+    return Blocks(2, 128, 4) if alibi == "hf_bf16" else Blocks(3, 128, 3)
 
 
 def forward(
@@ -90,319 +98,356 @@ def forward(
       The output, zero for queries that see no key, and the natural-log sum in float32 [B, N, Tp], Tp = T rounded up
       to 128, -inf for queries that see no key; entries past T mean nothing.
     """
+    interpretable = compat.interpreting()
+    alibi = None if slopes is None else alibi
+    blocks = blocks or default_blocks(q.shape[-1], alibi)
+    if interpretable:
+        blocks = dataclasses.replace(blocks, keys=64, stages=2)
+    settings = _Settings(blocks, k.shape[1], q.shape[1], alibi, scale, interpretable)
+    return _forward(q, k, v, query_offset, lengths, slopes, settings=settings, num_sms=compat.num_sms())
+
+
+# Compiled once a shape: what calls this in every layer would otherwise lower the kernel in every layer.
+@functools.partial(jax.jit, static_argnames=("settings", "num_sms"))
+def _forward(q, k, v, query_offset, lengths, slopes, *, settings, num_sms):
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
-    blocks = blocks or default_blocks(H)
-    if compat.interpreting():
-        blocks = dataclasses.replace(blocks, keys=64, stages=2)
-    W = blocks.warpgroups
+    blocks = settings.blocks
+    W, keys, stages = blocks.warpgroups, blocks.keys, blocks.stages
     work = tiles.Tiles(
         batch=B,
         kv_heads=K,
         group=N // K,
         num_tiles=pl.cdiv(T, ROWS * W),
         bytes_per_kv_head=2 * S * H * q.dtype.itemsize,
-        key_tiles_before=(S - T) / blocks.keys,
-        key_tiles_each=ROWS * W / blocks.keys,
+        key_tiles_before=(S - T) / keys,
+        key_tiles_each=ROWS * W / keys,
     )
-    num_blocks = min(compat.num_sms(), B * N * work.num_tiles)
-    table, counts = work.schedule(num_blocks)
-    kernel = functools.partial(
-        _kernel, blocks=blocks, num_queries=T, num_keys=S, alibi=alibi, scale=scale, interpretable=compat.interpreting()
-    )
+    table, counts = work.schedule(min(num_sms, B * N * work.num_tiles))
     # Copies of tiles want the sequence axis in multiples of 8.
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (q, k, v))
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
-    def smem(*shape: int) -> Any:
-        return plgpu.SMEM(shape, q.dtype, transforms=tiled)
+    def tiled(*shape: int) -> Any:
+        return plgpu.SMEM(shape, q.dtype, transforms=transforms)
 
     scratch = {
-        "q_smem": smem(W, ROWS, H),
-        "k_smem": smem(blocks.stages, blocks.keys, H),
-        "v_smem": smem(blocks.stages, blocks.keys, H),
-        "out_smem": smem(W, ROWS, H),
-        "p_smem": smem(W, ROWS, blocks.keys) if compat.interpreting() else None,
+        "q_smem": tiled(W, ROWS, H),
+        "k_smem": tiled(stages, keys, H),
+        "v_smem": tiled(stages, keys, H),
+        "out_smem": tiled(W, ROWS, H),
         "lse_smem": plgpu.SMEM((W, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=W),
         "q_free": plgpu.Barrier(num_barriers=W),
-        "k_full": plgpu.Barrier(num_barriers=blocks.stages),
-        "v_full": plgpu.Barrier(num_barriers=blocks.stages),
-        "k_free": plgpu.Barrier(num_arrivals=W, num_barriers=blocks.stages),
-        "v_free": plgpu.Barrier(num_arrivals=W, num_barriers=blocks.stages),
-        "turn": plgpu.Barrier(num_barriers=W),
+        "k_full": plgpu.Barrier(num_barriers=stages),
+        "v_full": plgpu.Barrier(num_barriers=stages),
+        "k_free": plgpu.Barrier(num_arrivals=W, num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=W, num_barriers=stages),
+        "turns": plgpu.Barrier(num_barriers=W),
     }
-    scalars = {"offset_ref": query_offset, "length_ref": lengths, "slope_ref": slopes}
-    names = [name for name, value in scalars.items() if value is not None]
+    if settings.interpretable:
+        scratch["p_smem"] = tiled(W, ROWS, keys)
+    inputs = {"q": q, "k": k, "v": v, "table": table, "counts": counts}
+    optional = {"offsets": query_offset, "lengths": lengths, "slopes": slopes}
+    inputs |= {name: array for name, array in optional.items() if array is not None}
+    out_type = {
+        "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
+        "lse": jax.ShapeDtypeStruct((B, N, tiles.padded_length(T)), jnp.float32),
+    }
 
-    def body(q_ref, k_ref, v_ref, table_ref, count_ref, *rest, **smem_refs):
-        given = dict(zip(names, rest))
-        out_ref, lse_ref = rest[len(names) :]
-        given = {name: given.get(name) for name in scalars}
-        kernel(q_ref, k_ref, v_ref, table_ref, count_ref, out_ref, lse_ref, **given, **smem_refs)
+    def body(*arrays: Any, **smem: Any) -> None:
+        _Block(settings, dict(zip([*inputs, *out_type], arrays)), smem).run()
 
     out, lse = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, N, tiles.padded_length(T)), jnp.float32),
-        ),
-        scratch_types={name: value for name, value in scratch.items() if value is not None},
-        grid=(num_blocks,),
+        out_type=tuple(out_type.values()),
+        scratch_types=scratch,
+        grid=(len(counts),),
         grid_names=("block",),
         num_threads=W + 1,
         thread_name="warpgroup",
         kernel_name="flash_attention_forward",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not compat.interpreting()),
-    )(q, k, v, table, counts, *(scalars[name] for name in names))
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not settings.interpretable),
+    )(*inputs.values())
     return out[:, :T], lse
 
 
-def _kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    table_ref,
-    count_ref,
-    out_ref,
-    lse_ref,
-    offset_ref,
-    length_ref,
-    slope_ref,
-    *,
-    q_smem,
-    k_smem,
-    v_smem,
-    out_smem,
-    lse_smem,
-    q_full,
-    q_free,
-    k_full,
-    v_full,
-    k_free,
-    v_free,
-    turn,
-    p_smem=None,
-    blocks: Blocks,
-    num_queries: int,
-    num_keys: int,
-    alibi: str,
-    scale: float,
-    interpretable: bool,
-):
-    W, keys, stages = blocks.warpgroups, blocks.keys, blocks.stages
-    H = q_smem.shape[-1]
-    block = lax.axis_index("block")
-    warpgroup = lax.axis_index("warpgroup")
-    num_rounds = count_ref[block]
-    exponent_scale = scale * LOG2E
-    take_turns = blocks.take_turns and W > 1
+class _Tile(NamedTuple):
+    """Queries of one row and head that a block works on at a time, and what they see; all int32 scalars.
 
-    def tile_of(round_index) -> Tile:
-        return Tile(*(table_ref[block, round_index, i] for i in range(4)))
+    first_query, offset, length: the tile's first query, the row's offset, its keys that count. num_steps: tiles of keys
+    to go through, at least one.
+    """
 
-    def extent(tile: Tile):
-        """Offset of the row, its keys that count, and how many K tiles this tile of queries reads (at least one)."""
-        offset = 0 if offset_ref is None else offset_ref[tile.batch]
-        length = num_keys if length_ref is None else jnp.minimum(length_ref[tile.batch], num_keys)
-        last = jnp.minimum((tile.index + 1) * (W * ROWS), num_queries) + offset
-        return offset, length, jnp.maximum(pl.cdiv(jnp.minimum(last, length), keys), 1)
+    batch: Any
+    head: Any
+    kv_head: Any
+    first_query: Any
+    offset: Any
+    length: Any
+    num_steps: Any
 
-    def next_slot(slot):
-        return lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
 
-    @pl.when(warpgroup == W)
-    def _copy():
-        plgpu.set_max_registers(32 if W == 3 else 40, action="decrease")
+class _Block:
+    """What one block does, tile after tile. `arrays` in device memory and `smem` by name, barriers among the latter."""
+
+    def __init__(self, settings: _Settings, arrays: dict[str, Any], smem: dict[str, Any]):
+        self.settings = settings
+        self.arrays = arrays
+        self.smem = smem
+        self.blocks = settings.blocks
+        self.block = lax.axis_index("block")
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.num_rounds = arrays["counts"][self.block]
+
+    def run(self) -> None:
+        # Registers of a thread: 504 to share out among three warpgroups, 512 among four.
+        many = self.blocks.warpgroups > 2
+
+        @pl.when(self.warpgroup == self.blocks.warpgroups)
+        def _copy():
+            plgpu.set_max_registers(32 if many else 40, action="decrease")
+            self.copy()
+
+        @pl.when(self.warpgroup < self.blocks.warpgroups)
+        def _compute():
+            plgpu.set_max_registers(160 if many else 232, action="increase")
+            _Warpgroup(self).run()
+
+    def tile(self, round_index: Any) -> _Tile:
+        batch, head, kv_head, index = (self.arrays["table"][self.block, round_index, i] for i in range(4))
+        num_queries, num_keys = self.settings.num_queries, self.settings.num_keys
+        offset, length = 0, num_keys
+        if "offsets" in self.arrays:
+            offset = self.arrays["offsets"][batch]
+        if "lengths" in self.arrays:
+            length = jnp.minimum(self.arrays["lengths"][batch], num_keys)
+        rows = self.blocks.warpgroups * ROWS
+        visible = jnp.minimum(jnp.minimum((index + 1) * rows, num_queries) + offset, length)
+        num_steps = jnp.maximum(pl.cdiv(visible, self.blocks.keys), 1)
+        return _Tile(batch, head, kv_head, index * rows, offset, length, num_steps)
+
+    def next_slot(self, slot: Any) -> Any:
+        return lax.select(slot == self.blocks.stages - 1, jnp.int32(0), slot + 1)
+
+    def copy(self) -> None:
+        """The copying warpgroup: queries of each tile, then its keys and values as shared memory gets free."""
+        smem, stages = self.smem, self.blocks.stages
 
         def copy_tile(round_index, carry):
-            slot, count = carry
-            tile = tile_of(round_index)
-            _, _, num_steps = extent(tile)
-            for w in range(W):
-                pl.when(round_index > 0)(lambda w=w: plgpu.barrier_wait(q_free.at[w]))
-                rows = pl.ds(tile.index * (W * ROWS) + w * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(q_ref.at[tile.batch, rows, tile.head], q_smem.at[w], q_full.at[w])
+            tile = self.tile(round_index)
+            for w in range(self.blocks.warpgroups):
+                pl.when(round_index > 0)(lambda w=w: plgpu.barrier_wait(smem["q_free"].at[w]))
+                rows = pl.ds(tile.first_query + w * ROWS, ROWS)
+                queries = self.arrays["q"].at[tile.batch, rows, tile.head]
+                plgpu.copy_gmem_to_smem(queries, smem["q_smem"].at[w], smem["q_full"].at[w])
 
             def copy_step(step, carry):
                 slot, count = carry
-                at = (tile.batch, pl.ds(step * keys, keys), tile.kv_head)
-                pl.when(count >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_full.at[slot])
-                pl.when(count >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], v_full.at[slot])
-                return next_slot(slot), count + 1
+                at = (tile.batch, pl.ds(step * self.blocks.keys, self.blocks.keys), tile.kv_head)
+                for name in "kv":
+                    pl.when(count >= stages)(lambda name=name: plgpu.barrier_wait(smem[f"{name}_free"].at[slot]))
+                    destination, full = smem[f"{name}_smem"].at[slot], smem[f"{name}_full"].at[slot]
+                    plgpu.copy_gmem_to_smem(self.arrays[name].at[at], destination, full)
+                return self.next_slot(slot), count + 1
 
-            return lax.fori_loop(0, num_steps, copy_step, (slot, count))
+            return lax.fori_loop(0, tile.num_steps, copy_step, carry)
 
-        slot, count = lax.fori_loop(0, num_rounds, copy_tile, (jnp.int32(0), jnp.int32(0)))
+        slot, count = lax.fori_loop(0, self.num_rounds, copy_tile, (jnp.int32(0), jnp.int32(0)))
 
         # Every phase of a barrier has to be seen before its memory goes.
         def see_out(_, slot):
-            plgpu.barrier_wait(k_free.at[slot])
-            plgpu.barrier_wait(v_free.at[slot])
-            return next_slot(slot)
+            plgpu.barrier_wait(smem["k_free"].at[slot])
+            plgpu.barrier_wait(smem["v_free"].at[slot])
+            return self.next_slot(slot)
 
         first_unseen = lax.select(count >= stages, slot, jnp.int32(0))
         lax.fori_loop(0, jnp.minimum(count, stages), see_out, first_unseen)
-        for w in range(W):
-            plgpu.barrier_wait(q_free.at[w])
+        for w in range(self.blocks.warpgroups):
+            plgpu.barrier_wait(smem["q_free"].at[w])
 
-    @pl.when(warpgroup < W)
-    def _compute():
-        plgpu.set_max_registers(160 if W == 3 else 232, action="increase")
-        q_mine = q_smem.at[warpgroup]
-        my_turn = turn.at[warpgroup]
-        next_turn = turn.at[lax.rem(warpgroup + 1, jnp.int32(W))]
-        if take_turns:
-            pl.when(warpgroup == W - 1)(lambda: plgpu.barrier_arrive(next_turn))
 
-        def multiply(init, a, b, when_issued=lambda: None):
-            """init + a @ b, awaited. Interpretation takes neither set accumulators nor operands in registers."""
-            if not interpretable:
+class _Softmax(NamedTuple):
+    """Where a warpgroup stands in a tile: sums `o` of weighted values, maxima `m`, totals of weights, in float32.
 
-                def issue(accumulator):
-                    plgpu.wgmma(accumulator, a, b)
-                    when_issued()
+    o [ROWS, H] still lacks the tile of keys whose weights `p` [ROWS, keys] are, in the inputs' dtype.
+    """
 
-                return pl.run_state(issue)(plgpu.ACC.init(init))
-            if isinstance(a, jax.Array):
-                p_smem.at[warpgroup][...] = a
-                plgpu.commit_smem()
-                a = p_smem.at[warpgroup]
+    o: Any
+    m: Any
+    total: Any
+    p: Any
 
-            def product(accumulator):
-                plgpu.wgmma(accumulator, a, b)
-                when_issued()
-                return accumulator[...]
 
-            return init + pl.run_scoped(product, plgpu.ACC(init.shape, jnp.float32))
+class _Warpgroup:
+    """A computing warpgroup of a block, on its own 64 queries of each tile."""
 
-        def softmax(s, m):
-            """Weights of a tile of scores `s`, the new maxima `m`, and the factor on what came before."""
-            new_m = jnp.maximum(m, s.max(axis=1) * exponent_scale)
-            alpha = jnp.exp2(m - new_m)
-            return jnp.exp2(s * exponent_scale - lax.broadcast_in_dim(new_m, s.shape, [0])), new_m, alpha
+    def __init__(self, block: _Block):
+        self.block = block
+        self.settings = block.settings
+        self.keys = block.blocks.keys
+        self.index = block.warpgroup
+        self.smem = block.smem
+        self.q = self.smem["q_smem"].at[self.index]
+        self.dtype = self.q.dtype
+        self.exponent_scale = self.settings.scale * LOG2E
+        self.num_warpgroups = block.blocks.warpgroups
+        self.takes_turns = block.blocks.take_turns and self.num_warpgroups > 1
 
-        def attend(round_index, slot):
-            tile = tile_of(round_index)
-            offset, length, num_steps = extent(tile)
-            first_query = tile.index * (W * ROWS) + warpgroup * ROWS
-            first_row = first_query + offset
-            num_full = jnp.minimum(lax.div(jnp.minimum(first_row + 1, length), keys), num_steps)
-            slope = None if slope_ref is None else slope_ref[tile.head]
-
-            def start(step, masked: bool):
-                """What the accumulator of a tile of scores starts from."""
-                num_visible = None
-                if masked:
-                    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)) + first_row
-                    num_visible = jnp.minimum(row + 1, length) - step * keys
-                return scores_start(
-                    ROWS,
-                    keys,
-                    alibi=None if slope is None else alibi,
-                    slope=slope,
-                    first_row=first_row,
-                    first_key=step * keys,
-                    num_visible=num_visible,
-                    scale=scale,
-                    dtype=q_smem.dtype,
-                    interpretable=interpretable,
-                )
-
-            def wait_turn():
-                if take_turns:
-                    plgpu.barrier_wait(my_turn)
-
-            def pass_turn():
-                if take_turns:
-                    plgpu.barrier_arrive(next_turn)
-
-            def first_step():
-                init = start(jnp.int32(0), masked=True)
-                plgpu.barrier_wait(q_full.at[warpgroup])
-                plgpu.barrier_wait(k_full.at[slot])
-                wait_turn()
-                m = plgpu.layout_cast(jnp.full((ROWS,), LOWEST_MAXIMUM, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-
-                s = multiply(init, q_mine, k_smem.at[slot].transpose((1, 0)), pass_turn)
-                plgpu.barrier_arrive(k_free.at[slot])
-                p, m, _ = softmax(s, m)
-                return m, p.sum(axis=1), p.astype(q_smem.dtype)
-
-            def step_pair(step, carry, *, masked: bool):
-                """Scores of tile `step`, while V of the tile before it is added up."""
-                o, m, l, p, slot = carry
-                new_slot = next_slot(slot)
-                init = start(step, masked)
-                plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(k_full.at[new_slot])
-                wait_turn()
-
-                def products(refs):
-                    s_ref, o_ref, p_ref, m_ref, l_ref, alpha_ref = refs
-                    plgpu.wgmma(s_ref, q_mine, k_smem.at[new_slot].transpose((1, 0)))
-                    plgpu.wgmma(o_ref, p_ref[...], v_smem.at[slot])
-                    pass_turn()
-                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                    plgpu.barrier_arrive(k_free.at[new_slot])
-                    new_p, new_m, alpha = softmax(s, m_ref[...])
-                    new_l = l_ref[...] * alpha + new_p.sum(axis=1)
-                    # The product with V still reads the old weights: the new ones stay in float32, in the registers of
-                    # the scores, until it has ended. The barriers keep the compiler from moving the cast ahead.
-                    new_p, new_m, new_l, alpha = lax.optimization_barrier((new_p, new_m, new_l, alpha))
-                    plgpu.wgmma_wait(0)
-                    (new_p,) = lax.optimization_barrier((new_p,))
-                    p_ref[...] = new_p.astype(q_smem.dtype)
-                    m_ref[...], l_ref[...], alpha_ref[...] = new_m, new_l, alpha
-
-                if interpretable:
-                    s = multiply(init, q_mine, k_smem.at[new_slot].transpose((1, 0)), pass_turn)
-                    plgpu.barrier_arrive(k_free.at[new_slot])
-                    o = multiply(o, p, v_smem.at[slot])
-                    p, m, alpha = softmax(s, m)
-                    p, l = p.astype(q_smem.dtype), l * alpha + p.sum(axis=1)
-                else:
-                    state = (plgpu.ACC.init(init), plgpu.ACC.init(o), p, m, l, m)
-                    _, o, p, m, l, alpha = pl.run_state(products)(state)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p, new_slot
-
-            m, l, p = first_step()
-            o = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA)
-            carry = (o, m, l, p, slot)
-            unmasked, masked = (functools.partial(step_pair, masked=flag) for flag in (False, True))
-            carry = lax.fori_loop(1, num_full, unmasked, carry)
-            carry = lax.fori_loop(jnp.maximum(num_full, 1), num_steps, masked, carry)
-            o, m, l, p, slot = carry
-            plgpu.barrier_arrive(q_free.at[warpgroup])
-
-            plgpu.barrier_wait(v_full.at[slot])
-            o = multiply(o, p, v_smem.at[slot])
-            plgpu.barrier_arrive(v_free.at[slot])
-            store(tile, o, m, l, first_query, slope)
-            return next_slot(slot)
-
-        def store(tile, o, m, l, first_query, slope):
-            seen = l > 0  # at least 1 where any key was seen: the largest weight
-            factor = jnp.where(seen, 1.0 / l, 0.0)
-            o = (o * lax.broadcast_in_dim(factor, o.shape, [0])).astype(q_smem.dtype)
-            lse = (m + jnp.log2(l)) * (1 / LOG2E)
-            if slope is not None and alibi == "float32":
-                row = plgpu.broadcasted_iota(jnp.float32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-                lse -= row * (slope * scale)
-            lse = jnp.where(seen, lse, -jnp.inf)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem.at[warpgroup][...] = o
-            lse_smem.at[warpgroup][...] = lse
-            plgpu.commit_smem()
-            rows = pl.ds(first_query, ROWS)
-            plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[tile.batch, rows, tile.head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[tile.batch, tile.head, rows])
-
-        lax.fori_loop(0, num_rounds, attend, jnp.int32(0))
-        if take_turns:
-            # One arrival is left over from the start: take it, so that no barrier ends in the middle of a phase.
-            pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(my_turn))
+    def run(self) -> None:
+        if self.takes_turns:  # the last one lets the first begin
+            pl.when(self.index == self.num_warpgroups - 1)(self.pass_turn)
+        lax.fori_loop(0, self.block.num_rounds, self.attend, jnp.int32(0))
+        if self.takes_turns:  # which leaves an arrival over that somebody has to see
+            pl.when(self.index == 0)(self.wait_turn)
         plgpu.wait_smem_to_gmem(0)
+
+    def wait_turn(self) -> None:
+        if self.takes_turns:
+            plgpu.barrier_wait(self.smem["turns"].at[self.index])
+
+    def pass_turn(self) -> None:
+        if self.takes_turns:
+            plgpu.barrier_arrive(self.smem["turns"].at[lax.rem(self.index + 1, jnp.int32(self.num_warpgroups))])
+
+    def attend(self, round_index: Any, slot: Any) -> Any:
+        """One tile of queries; `slot` holds its first keys. Returns the slot after its last ones."""
+        tile = self.block.tile(round_index)
+        first_row = tile.first_query + self.index * ROWS + tile.offset
+        starts = functools.partial(self.start, tile, first_row)
+        plgpu.barrier_wait(self.smem["q_full"].at[self.index])
+        state = self.first_step(starts(jnp.int32(0), masked=True), slot)
+
+        def step(index: Any, carry: tuple[_Softmax, Any], *, masked: bool) -> tuple[_Softmax, Any]:
+            state, slot = carry
+            return self.step(starts(index, masked=masked), state, slot)
+
+        # Tiles of keys that all these queries see come before those that causality or the row's end cuts.
+        num_full = jnp.minimum(lax.div(jnp.minimum(first_row + 1, tile.length), self.keys), tile.num_steps)
+        carry = lax.fori_loop(1, num_full, functools.partial(step, masked=False), (state, slot))
+        cut = functools.partial(step, masked=True)
+        state, slot = lax.fori_loop(jnp.maximum(num_full, 1), tile.num_steps, cut, carry)
+
+        plgpu.barrier_arrive(self.smem["q_free"].at[self.index])
+        plgpu.barrier_wait(self.smem["v_full"].at[slot])
+        state = state._replace(o=self.multiply(state.o, state.p, self.smem["v_smem"].at[slot]))
+        plgpu.barrier_arrive(self.smem["v_free"].at[slot])
+        self.store(tile, state)
+        return self.block.next_slot(slot)
+
+    def start(self, tile: _Tile, first_row: Any, step: Any, *, masked: bool) -> jax.Array:
+        """What the accumulator of a tile of scores starts from."""
+        first_key = step * self.keys
+        num_visible = None
+        if masked:
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW) + first_row
+            num_visible = jnp.minimum(row + 1, tile.length) - first_key
+        settings = self.settings
+        return scores_start(
+            ROWS,
+            self.keys,
+            alibi=settings.alibi,
+            slope=self.slope(tile),
+            first_row=first_row,
+            first_key=first_key,
+            num_visible=num_visible,
+            scale=settings.scale,
+            dtype=self.dtype,
+            interpretable=settings.interpretable,
+        )
+
+    def slope(self, tile: _Tile) -> Any:
+        return None if self.settings.alibi is None else self.block.arrays["slopes"][tile.head]
+
+    def first_step(self, start: jax.Array, slot: Any) -> _Softmax:
+        """Scores and weights of the first tile of keys."""
+        plgpu.barrier_wait(self.smem["k_full"].at[slot])
+        self.wait_turn()
+        s = self.multiply(start, self.q, self.smem["k_smem"].at[slot].transpose((1, 0)), self.pass_turn)
+        plgpu.barrier_arrive(self.smem["k_free"].at[slot])
+        m = plgpu.layout_cast(jnp.full((ROWS,), LOWEST_MAXIMUM, jnp.float32), PER_ROW)
+        p, m, _ = self.weights(s, m)
+        o = plgpu.layout_cast(jnp.zeros(self.q.shape, jnp.float32), plgpu.Layout.WGMMA)
+        return _Softmax(o, m, p.sum(axis=1), p.astype(self.dtype))
+
+    def step(self, start: jax.Array, state: _Softmax, slot: Any) -> tuple[_Softmax, Any]:
+        """Scores and weights of the next tile of keys, while the values of the one before are added up."""
+        smem = self.smem
+        next_slot = self.block.next_slot(slot)
+        next_k, v = smem["k_smem"].at[next_slot].transpose((1, 0)), smem["v_smem"].at[slot]
+        plgpu.barrier_wait(smem["v_full"].at[slot])
+        plgpu.barrier_wait(smem["k_full"].at[next_slot])
+        self.wait_turn()
+
+        def products(refs):
+            s_ref, o_ref, m_ref, total_ref, p_ref, alpha_ref = refs
+            plgpu.wgmma(s_ref, self.q, next_k)
+            plgpu.wgmma(o_ref, p_ref[...], v)
+            self.pass_turn()
+            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+            plgpu.barrier_arrive(smem["k_free"].at[next_slot])
+            p, m, alpha = self.weights(s, m_ref[...])
+            total = total_ref[...] * alpha + p.sum(axis=1)
+            # The product with V still reads the old weights: the new ones stay in float32, in the registers of the
+            # scores, until it has ended. The barriers keep the compiler from moving the cast ahead.
+            p, m, total, alpha = lax.optimization_barrier((p, m, total, alpha))
+            plgpu.wgmma_wait(0)
+            (p,) = lax.optimization_barrier((p,))
+            m_ref[...], total_ref[...], p_ref[...], alpha_ref[...] = m, total, p.astype(self.dtype), alpha
+
+        if self.settings.interpretable:
+            s = self.multiply(start, self.q, next_k, self.pass_turn)
+            plgpu.barrier_arrive(smem["k_free"].at[next_slot])
+            o = self.multiply(state.o, state.p, v)
+            p, m, alpha = self.weights(s, state.m)
+            total, p = state.total * alpha + p.sum(axis=1), p.astype(self.dtype)
+        else:
+            o, m, total, p = state
+            _, o, m, total, p, alpha = pl.run_state(products)(
+                (plgpu.ACC.init(start), plgpu.ACC.init(o), m, total, p, m)
+            )
+        plgpu.barrier_arrive(smem["v_free"].at[slot])
+        return _Softmax(o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, total, p), next_slot
+
+    def weights(self, s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Weights of a tile of scores, the maxima with it, and the factor on everything before."""
+        new_m = jnp.maximum(m, s.max(axis=1) * self.exponent_scale)
+        p = jnp.exp2(s * self.exponent_scale - lax.broadcast_in_dim(new_m, s.shape, [0]))
+        return p, new_m, jnp.exp2(m - new_m)
+
+    def multiply(self, start: jax.Array, a: Any, b: Any, when_issued: Callable[[], None] | None = None) -> jax.Array:
+        """start + a @ b, awaited. Interpretation takes neither set accumulators nor operands in registers."""
+
+        def issue(accumulator):
+            plgpu.wgmma(accumulator, a, b)
+            if when_issued is not None:
+                when_issued()
+            return accumulator[...] if self.settings.interpretable else None
+
+        if not self.settings.interpretable:
+            return pl.run_state(issue)(plgpu.ACC.init(start))
+        if isinstance(a, jax.Array):
+            p_smem = self.smem["p_smem"].at[self.index]
+            p_smem[...] = a
+            plgpu.commit_smem()
+            a = p_smem
+        return start + pl.run_scoped(issue, plgpu.ACC(start.shape, jnp.float32))
+
+    def store(self, tile: _Tile, state: _Softmax) -> None:
+        seen = state.total > 0  # at least 1 where any key was seen: the largest weight
+        factor = jnp.where(seen, 1.0 / state.total, 0.0)
+        out = (state.o * lax.broadcast_in_dim(factor, state.o.shape, [0])).astype(self.dtype)
+        lse = (state.m + jnp.log2(state.total)) * (1 / LOG2E)
+        if self.settings.alibi == "float32":  # scores were counted from the first query's position, not their own
+            row = plgpu.broadcasted_iota(jnp.float32, (ROWS,), 0, layout=PER_ROW)
+            lse -= row * (self.slope(tile) * self.settings.scale)
+        lse = jnp.where(seen, lse, -jnp.inf)
+
+        out_smem, lse_smem = (self.smem[name].at[self.index] for name in ("out_smem", "lse_smem"))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
+        out_smem[...] = out
+        lse_smem[...] = lse
+        plgpu.commit_smem()
+        rows = pl.ds(tile.first_query + self.index * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(out_smem, self.block.arrays["out"].at[tile.batch, rows, tile.head])
+        plgpu.copy_smem_to_gmem(lse_smem, self.block.arrays["lse"].at[tile.batch, tile.head, rows])

@@ -10,7 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Kernels traced inside are interpreted; call them inside, and wait for them. Raises where there was a data race."""
+    """Kernels traced inside are interpreted; wait for them inside. Raises where there was a data race."""
+    # A warpgroup that waits holds a thread of XLA's, which has as many as there are devices or cores.
+    assert len(jax.devices("cpu")) >= 8, "with fewer than eight CPU devices interpretation may hang"
     # Copies fill what lies outside an array with zeros, as the hardware does.
     parameters = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="zero")
     gpu_callbacks.reset_gpu_interpret_mode_state()
