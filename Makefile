@@ -22,8 +22,8 @@ BIN := $(VENV)/bin
 SETUP := pyproject.toml constraints.txt tools/install.sh
 CORE := $(VENV)/.installed-core$(EXTRAS:%=-%)
 TEST := $(VENV)/.installed-test$(EXTRAS:%=-%)
-# What a new release of jax, flax, orbax, tokenizers, torch or transformers can break.
-CORE_TESTS := tests/config tests/model tests/checkpoint tests/generate
+# What a new release of jax, flax, orbax, tokenizers, torch, transformers or ptxas can break.
+CORE_TESTS := tests/config tests/model tests/checkpoint tests/generate tests/pallas_kernels/test_compiled.py
 PYTEST_OPTIONS := -n $(WORKERS) --dist worksteal
 
 export PYTHON
@@ -66,6 +66,6 @@ $(CORE): $(SETUP)
 	@touch $@
 
 $(TEST): $(SETUP)
-	@echo "Setting up $(VENV): the package, the test tools, torch and transformers"
+	@echo "Setting up $(VENV): the package, the test tools, torch and transformers, a GPU's compiler"
 	@sh tools/install.sh $(VENV) test$(EXTRAS:%=$(comma)%) -c constraints.txt
 	@touch $@

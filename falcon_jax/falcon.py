@@ -409,7 +409,7 @@ class Falcon:
 def _attention_map(
     params: model_params.Params, token_ids: Int[Array, "1 T"], *, model: Model, layer: int
 ) -> Float[Array, "N T T"]:
-    decoder = model_params.bind(model.config, params, model.options)
+    decoder = model_params.bind(model.config, params, model.options, model.mesh)
     return decoder.attention_probabilities(token_ids, layer)[0]
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "stage")
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXIS = "tensor"
 
 # First match wins. A letter's axis: D -> fsdp, N, K, F, V -> tensor; H is never split.
 PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
@@ -61,12 +63,12 @@ def params_sharding(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSha
 
 def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Rows over "data" and "fsdp"."""
-    return fitting(shape, mesh, PartitionSpec(("data", "fsdp")))
+    return fitting(shape, mesh, PartitionSpec(BATCH_AXES))
 
 
 def cache_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """A cache array [B, S, K, H]: rows over "data" and "fsdp", heads over "tensor"."""
-    return fitting(shape, mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))
+    return fitting(shape, mesh, PartitionSpec(BATCH_AXES, None, HEAD_AXIS, None))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

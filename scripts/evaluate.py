@@ -36,7 +36,7 @@ class Arguments:
     dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
     """What the model computes in."""
     attention: str | None = None
-    """Attention implementation; the best that works by default."""
+    """Attention implementation: "mosaic" (Hopper GPUs), "cudnn" or "xla"; the best that works by default."""
     alibi: Literal["float32", "hf_bf16"] = "float32"
     """float32 is exact; hf_bf16 rounds positions as transformers does, which blurs them beyond 256 tokens."""
     quiet: bool = False

@@ -372,7 +372,7 @@ class Generation:
 
 
 def _decoder(params: Params, model: Model) -> FalconDecoder:
-    return bind(model.config, params, model.options)
+    return bind(model.config, params, model.options, model.mesh)
 
 
 def _read(

@@ -1,8 +1,10 @@
 """Falcon's self-attention: the four projections, positions, and the cache write around the attention kernel."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+import pallas_kernels.decode_attention as decode_attention
 import pallas_kernels.flash_attention as flash_attention
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import cache as kv_cache
@@ -32,10 +34,10 @@ class Attention(nnx.Module):
         kept = None
         if slots is not None:
             kept = kv_cache.write(slots[0], k, step.offsets), kv_cache.write(slots[1], v, step.offsets)
-        keys, values, offset = (*kept, step.offsets) if kept and step.reads_cache else (k, v, None)
-        out = flash_attention.attention(
-            q, self._rotate_late(keys, step), values, query_offset=offset, **step.attention_arguments()
-        )
+        if kept and step.reads_cache:
+            out = self._attend_to_cache(q, *kept, step)
+        else:
+            out = flash_attention.attention(q, self._rotate_late(k, step), v, **step.attention_arguments())
         return self.output(out), kept
 
     def probabilities(self, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B N T T"]:
@@ -44,6 +46,17 @@ class Attention(nnx.Module):
         k = self._rotate_late(k, step)
         scale = q.shape[-1] ** -0.5
         return attention_probabilities(q, k, step.offsets, None, step.slopes, step.alibi, scale)
+
+    def _attend_to_cache(
+        self, q: Float[Array, "B T N H"], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"], step: Step
+    ) -> Float[Array, "B T N H"]:
+        """Queries at positions offsets[b] + t against all that the cache holds, the tokens at hand included."""
+        keys, arguments = self._rotate_late(keys, step), step.attention_arguments()
+        if q.shape[1] > 1:
+            return flash_attention.attention(q, keys, values, query_offset=step.offsets, **arguments)
+        # A row that has ended reads nothing: its garbage would cost as much as a living row's keys.
+        lengths = jnp.where(step.ends > step.offsets, step.offsets + 1, 0)
+        return decode_attention.decode_attention(q[:, 0], keys, values, lengths=lengths, **arguments)[:, None]
 
     def _queries_and_keys(self, x: Array, step: Step) -> tuple[Array, Array]:
         q, k = self.query(x), self.key(x)

@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from falcon_jax.config import FalconConfig
@@ -85,9 +86,10 @@ class Block(nnx.Module):
 class FalconDecoder(nnx.Module):
     """Embedding, L blocks, final norm and head. Built without arrays; get a working one from `params.bind`."""
 
-    def __init__(self, config: FalconConfig, options: ForwardOptions):
+    def __init__(self, config: FalconConfig, options: ForwardOptions, mesh: Mesh | None = None):
         self.config = config
         self.options = options
+        self.mesh = mesh
         self.embed = Embedding(config)
         self.layers = nnx.List([Block(config) for _ in range(config.num_layers)])
         self.final_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
@@ -120,7 +122,8 @@ class FalconDecoder(nnx.Module):
         """
         B, T = token_ids.shape
         offsets, ends = spans(cache, B, T, num_tokens)
-        step = Step.begin(self.config, self.options, T, offsets, ends, None if cache_is_empty else cache)
+        read = None if cache_is_empty else cache
+        step = Step.begin(self.config, self.options, T, offsets, ends, read, self.mesh)
 
         x = self.embed(token_ids)
         keys, values = [], []
@@ -152,7 +155,7 @@ class FalconDecoder(nnx.Module):
         """What each query of `layer` (0 .. L-1) gives to each key, in float32."""
         B, T = token_ids.shape
         offsets, ends = spans(None, B, T, None)
-        step = Step.begin(self.config, self.options, T, offsets, ends)
+        step = Step.begin(self.config, self.options, T, offsets, ends, mesh=self.mesh)
         x = self.embed(token_ids)
         for block in list(self.layers)[:layer]:
             x, _ = block(x, step, None)

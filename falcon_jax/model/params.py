@@ -27,7 +27,7 @@ Params = dict[str, Any]
 
 def abstract(config: FalconConfig, dtype: DTypeLike) -> Params:
     """The tree with a jax.ShapeDtypeStruct for each parameter, all of `dtype`. Allocates nothing."""
-    declared = nnx.to_pure_dict(_declared(config, ForwardOptions())[1])
+    declared = nnx.to_pure_dict(_declared(config, ForwardOptions(), None)[1])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), declared)
 
 
@@ -45,13 +45,18 @@ def init(config: FalconConfig, key: Array, dtype: DTypeLike, mesh: Mesh | None =
     return unflatten(made)
 
 
-def bind(config: FalconConfig, params: Params, options: ForwardOptions | None = None) -> FalconDecoder:
+def bind(
+    config: FalconConfig, params: Params, options: ForwardOptions | None = None, mesh: Mesh | None = None
+) -> FalconDecoder:
     """The decoder over `params`. Call it inside the jitted function that takes `params` as its argument.
+
+    Args:
+      mesh: the one that `params` and the tokens are laid out over; None: one device holds them.
 
     Raises:
       ValueError: `params` is not the tree that `config` describes.
     """
-    graph, state = _declared(config, options or ForwardOptions())
+    graph, state = _declared(config, options or ForwardOptions(), mesh)
     expected, given = flatten(nnx.to_pure_dict(state)), flatten(params)
     wrong = [path for path, leaf in expected.items() if path not in given or given[path].shape != leaf.shape]
     wrong += [path for path in given if path not in expected]
@@ -85,13 +90,13 @@ def num_bytes(params: Params) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _declared(config: FalconConfig, options: ForwardOptions) -> tuple[Any, Any]:
+def _declared(config: FalconConfig, options: ForwardOptions, mesh: Mesh | None) -> tuple[Any, Any]:
     """The module's graph and its abstract state, made once a configuration."""
-    return nnx.split(FalconDecoder(config, options))
+    return nnx.split(FalconDecoder(config, options, mesh))
 
 
 def _walk_declared(config: FalconConfig) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    yield from nnx.to_flat_state(_declared(config, ForwardOptions())[1])
+    yield from nnx.to_flat_state(_declared(config, ForwardOptions(), None)[1])
 
 
 @functools.lru_cache(maxsize=64)

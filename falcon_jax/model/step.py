@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import positions
 from falcon_jax.model.cache import KVCache
@@ -17,7 +19,8 @@ class ForwardOptions:
     """How to run the model, as opposed to what it is. Hashable: part of every compilation key.
 
     alibi: "float32" (exact, and needed past the trained length) or "hf_bf16" (the rounding of transformers).
-    attention: `implementation` of pallas_kernels.flash_attention.attention; None picks the best that works.
+    attention: `implementation` of the kernels of pallas_kernels (flash_attention, and decode_attention for single
+      tokens); None picks the best that works.
     remat: compute each block again in the backward pass instead of keeping its activations.
     """
 
@@ -35,12 +38,14 @@ class Step:
     """Computed once a forward pass, read by every layer."""
 
     offsets: Int[Array, " B"]  # position of each row's first token
+    ends: Int[Array, " B"]  # position after each row's last real token; the row's offset where it has none
     slopes: Float[Array, " N"] | None  # ALiBi
     rotary: tuple[Float[Array, "B T H"], Float[Array, "B T H"]] | None  # cos and sin at the tokens
     key_rotary: tuple[Float[Array, "B S H"], Float[Array, "B S H"]] | None  # cos and sin at all keys, dynamic RoPE
     reads_cache: bool  # False: the tokens at hand are all the keys there are
     alibi: str
     implementation: str | None
+    mesh: Mesh | None
     dropout_key: Key[Array, ""] | None = None  # the layer's own, in training
 
     @classmethod
@@ -52,6 +57,7 @@ class Step:
         offsets: Array,
         ends: Array,
         cache: KVCache | None = None,
+        mesh: Mesh | None = None,
     ) -> Step:
         """For T = `num_columns` tokens a row from position `offsets`, rows ending at `ends`.
 
@@ -67,11 +73,19 @@ class Step:
             if positions.keeps_unrotated_keys(config):
                 keys = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (offsets.shape[0], capacity))
                 key_rotary = positions.rotary_angles(config.rope, config.head_dim, keys, ends)
-        return cls(offsets, slopes, rotary, key_rotary, cache is not None, options.alibi, options.attention)
+        reads_cache = cache is not None
+        return cls(offsets, ends, slopes, rotary, key_rotary, reads_cache, options.alibi, options.attention, mesh)
 
     def attention_arguments(self) -> dict:
         """The keyword arguments that every layer's attention call has in common."""
-        return {"slopes": self.slopes, "alibi": self.alibi, "implementation": self.implementation}
+        return {
+            "slopes": self.slopes,
+            "alibi": self.alibi,
+            "implementation": self.implementation,
+            "mesh": self.mesh,
+            "batch_axes": sharding.BATCH_AXES,
+            "head_axis": sharding.HEAD_AXIS,
+        }
 
 
 def spans(cache: KVCache | None, batch_size: int, num_columns: int, num_tokens: Array | None) -> tuple[Array, Array]:

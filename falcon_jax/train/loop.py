@@ -79,7 +79,7 @@ class Trainer:
         self.mesh = None if math.prod(shape) == 1 else sharding.make_mesh(*shape)
         forward = ForwardOptions(attention=config.attention, remat=config.remat)
         self._step_function = train_step.make_train_step(self.model_config, config.step, forward, self.mesh)
-        self._eval_function = train_step.make_eval_step(self.model_config, config.step, forward)
+        self._eval_function = train_step.make_eval_step(self.model_config, config.step, forward, self.mesh)
 
         self.total_steps = config.steps
         self._spent_s = 0.0  # by earlier processes of this run

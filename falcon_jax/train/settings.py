@@ -49,7 +49,7 @@ class TrainConfig:
     checkpoint_every_s: float | None = None
     """Also after so many seconds without one."""
     attention: str | None = None
-    """Attention implementation, such as "cudnn" or "xla"; the best that works by default."""
+    """Attention implementation: "mosaic" (Hopper GPUs), "cudnn" or "xla"; the best that works by default."""
     remat: bool = False
     """Compute blocks again in the backward pass: less memory, a third more time."""
     data_parallel: int = 1

@@ -218,7 +218,7 @@ def make_train_step(
     ) -> tuple[Array, tuple[Array, Array]]:
         # Inside the gradient, so that it comes back in float32.
         computed = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-        decoder = model_params.bind(config, computed, forward)
+        decoder = model_params.bind(config, computed, forward, mesh)
         nats_sum, squares_sum, nats = loss_sums(decoder, tokens, None, options.loss_chunk_tokens, key)
         loss, z_loss = nats_sum / nats.size, options.z_loss * squares_sum / nats.size
         return loss + z_loss, (loss, z_loss)
@@ -298,7 +298,7 @@ def make_train_step(
 
 @functools.lru_cache(maxsize=8)
 def make_eval_step(
-    config: FalconConfig, options: StepOptions, forward: ForwardOptions
+    config: FalconConfig, options: StepOptions, forward: ForwardOptions, mesh: Mesh | None = None
 ) -> Callable[[Params, Any, Any], jax.Array]:
     """eval_step(params, tokens [B, T+1], counts [B]) -> float32 [B, T]: nats of each real target, 0 elsewhere."""
     compute_dtype = jnp.dtype(options.compute_dtype)
@@ -307,7 +307,7 @@ def make_eval_step(
         params: Params, tokens: Integer[Array, "B columns"], counts: Integer[Array, " B"]
     ) -> Float[Array, "B T"]:
         computed = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-        decoder = model_params.bind(config, computed, forward)
+        decoder = model_params.bind(config, computed, forward, mesh)
         return loss_sums(decoder, tokens.astype(jnp.int32), counts, options.loss_chunk_tokens)[2]
 
     return jax.jit(eval_step)

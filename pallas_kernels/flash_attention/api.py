@@ -1,18 +1,36 @@
 """`attention`: what models call. Checks the arguments, picks the implementation, runs it."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import compat, dispatch, sharded
 from pallas_kernels.flash_attention import cudnn
-from pallas_kernels.flash_attention.reference import attention_xla
+from pallas_kernels.flash_attention.reference import attention_xla, attention_xla_with_lse
 
 ALIBI_ROUNDINGS = ("float32", "hf_bf16")
+# The dimensions of q, k, v, query_offset, lengths and slopes.
+LETTERS = ("B T N H", "B S K H", "B S K H", "B", "B", "N")
 
 
+@overload
 def attention(
+    q: Array, k: Array, v: Array, *, return_lse: Literal[False] = False, **options: Any
+) -> Float[Array, "B T N H"]: ...
+
+
+@overload
+def attention(
+    q: Array, k: Array, v: Array, *, return_lse: Literal[True], **options: Any
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]: ...
+
+
+def attention(  # pyright: ignore[reportInconsistentOverload]  # the overloads do not repeat the options
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -22,8 +40,12 @@ def attention(
     slopes: Float[Array, " N"] | None = None,
     alibi: str = "float32",
     scale: float | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
-) -> Float[Array, "B T N H"]:
+    mesh: Mesh | None = None,
+    batch_axes: Sequence[str] = sharded.BATCH_AXES,
+    head_axis: str = sharded.HEAD_AXIS,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Causal attention in which query head n reads key/value head n // (N / K).
 
     Args:
@@ -33,10 +55,15 @@ def attention(
       slopes: ALiBi slopes in float32, or None. The biased scores are (q . k + slope * (j - i)) * scale.
       alibi: "float32", or "hf_bf16" for the rounding that transformers applies.
       scale: None is 1 / sqrt(H).
-      implementation: "xla", "cudnn" (whole sequences on a GPU), or None for the best that works.
+      return_lse: also the logarithm of each query's softmax denominator.
+      implementation: "mosaic" (Hopper GPUs, bfloat16 and float16), "cudnn" (whole sequences on GPUs from Ampere on),
+        "xla", or None for the first of these that takes the call.
+      mesh: what the call runs on, where that is more than the default device. Kernels then run on each device's share:
+        rows split over `batch_axes`, heads over `head_axis`, each where it divides. XLA splits its own as it sees fit.
 
     Returns:
-      [B, T, N, H] in q's dtype. Queries that see no key give zeros.
+      [B, T, N, H] in q's dtype; queries that see no key give zeros. With `return_lse` also log sum_j exp of the biased
+      scores, [B, N, T] in float32, -inf for queries that see no key.
 
     Raises:
       ValueError: shapes that do not fit, an unknown `alibi` or `implementation`.
@@ -52,18 +79,40 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
 
+    described = {"query_offset": query_offset, "lengths": lengths, "slopes": slopes, "alibi": alibi, "mesh": mesh}
     chosen = dispatch.choose(
         "attention",
         implementation,
         {
+            "mosaic": lambda: _mosaic_reason(q, k, **described),
+            "cudnn": lambda: cudnn.reason_against(q, k, return_lse=return_lse, **described),
             "xla": lambda: None,
-            "cudnn": lambda: cudnn.reason_against(
-                q, k, query_offset=query_offset, lengths=lengths, slopes=slopes, alibi=alibi
-            ),
         },
     )
-    if chosen == "cudnn":
-        return cudnn.attention_cudnn(q, k, v, slopes, scale)
-    if query_offset is None:
-        query_offset = jnp.zeros(q.shape[0], jnp.int32)
-    return attention_xla(q, k, v, query_offset, lengths, slopes, alibi, scale)
+    if chosen == "xla":
+        offset = jnp.zeros(q.shape[0], jnp.int32) if query_offset is None else query_offset
+        plain = attention_xla_with_lse if return_lse else attention_xla
+        return plain(q, k, v, offset, lengths, slopes, alibi, scale)
+
+    def run(q: Array, k: Array, v: Array, query_offset: Any, lengths: Any, slopes: Any) -> Any:
+        if chosen == "cudnn":
+            return cudnn.attention_cudnn(q, k, v, slopes, scale)
+        from pallas_kernels.flash_attention import mosaic
+
+        result: Any = mosaic.attention_mosaic(q, k, v, query_offset, lengths, slopes, alibi, scale)
+        out, lse = result
+        return (out, lse[:, :, : q.shape[1]]) if return_lse else out
+
+    arguments = (q, k, v, query_offset, lengths, slopes)
+    results = ("B T N H", "B N T") if return_lse else "B T N H"
+    return sharded.over_mesh(run, mesh, arguments, LETTERS, results, batch_axes=batch_axes, head_axis=head_axis)
+
+
+def _mosaic_reason(q: jax.Array, k: jax.Array, *, mesh: Mesh | None, **described: Any) -> str | None:
+    reason = compat.mosaic_reason(mesh)
+    if reason is not None:
+        return reason
+    # Not at the top: Pallas takes half a second to import, and only Hopper runs it.
+    from pallas_kernels.flash_attention import mosaic
+
+    return mosaic.reason_against(q, k, **described)

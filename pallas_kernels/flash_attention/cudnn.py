@@ -9,19 +9,37 @@ parts. Eight more columns hold it (source: Press et al., Train Short, Test Long,
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels import compat
+
 EXTRA_COLUMNS = 8
 MAX_HEAD_DIM = 128
+AMPERE = 8  # compute capability
 
 
 def reason_against(
-    q: Array, k: Array, *, query_offset: object, lengths: object, slopes: object, alibi: str
+    q: Array,
+    k: Array,
+    *,
+    query_offset: object,
+    lengths: object,
+    slopes: object,
+    alibi: str,
+    return_lse: bool,
+    mesh: Mesh | None,
 ) -> str | None:
-    """Why cuDNN cannot take these arguments on the default device, or None where it can."""
-    if jax.default_backend() != "gpu":
-        return f"it needs an NVIDIA GPU, and the default backend is {jax.default_backend()!r}"
+    """Why cuDNN cannot take these arguments on the device that the call would run on, or None where it can."""
+    capability = compat.capability(mesh)
+    if capability is None:
+        return f"it needs an NVIDIA GPU, and this would run on {compat.device(mesh).platform!r}"
+    generation = capability.partition(".")[0]
+    if not generation.isdecimal() or int(generation) < AMPERE:
+        return f"it needs a GPU of compute capability {AMPERE}.0 or newer, and this one's is {capability}"
+    if return_lse:
+        return "it does not return the log-sum-exp of the scores"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {q.dtype}"
     if query_offset is not None or lengths is not None or q.shape[1] != k.shape[1]:

@@ -8,6 +8,8 @@ over the keys with j <= i and j < lengths[b]. The softmax and the bias are float
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,38 @@ def attention_probabilities(
     scale: float,
 ) -> Float[Array, "B N T S"]:
     """softmax of the scaled, biased, masked scores, in float32. Rows that see no key are all zeros."""
+    scores, visible = _scores(q, k, query_offset, lengths, slopes, alibi, scale)
+    return _masked_softmax(scores, visible, axis=-1)
+
+
+def attention_lse(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    query_offset: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
+    slopes: Float[Array, " N"] | None,
+    alibi: str,
+    scale: float,
+) -> Float[Array, "B N T"]:
+    """log sum_j exp of the scaled, biased scores over the visible keys, in float32; -inf where none is visible."""
+    scores, visible = _scores(q, k, query_offset, lengths, slopes, alibi, scale)
+    scores = jnp.where(visible, scores, MASKED)
+    highest = _highest(scores, -1)
+    total = jnp.sum(jnp.where(visible, jnp.exp(scores - highest), 0.0), axis=-1)
+    # The inner choice keeps the gradient of rows without a key at zero, where that of log(0) would be NaN.
+    return jnp.where(total == 0.0, -jnp.inf, jnp.log(jnp.where(total == 0.0, 1.0, total)) + highest[..., 0])
+
+
+def _scores(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    query_offset: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
+    slopes: Float[Array, " N"] | None,
+    alibi: str,
+    scale: float,
+) -> tuple[Float[Array, "B N T S"], Bool[Array, "B 1 T S"]]:
+    """The scaled, biased scores in float32, and which of them count."""
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H)
@@ -72,16 +106,24 @@ def attention_probabilities(
     visible = j[None, None, :] <= i[:, :, None]  # [B, T, S]
     if lengths is not None:
         visible &= j[None, None, :] < lengths[:, None, None]
-    visible = visible[:, None]
-    return _masked_softmax(scores, visible, axis=-1)
+    return scores, visible[:, None]
 
 
 def _masked_softmax(scores: Float[Array, "..."], visible: Bool[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Softmax over the visible entries of `axis`; zeros where none is visible."""
     scores = jnp.where(visible, scores, MASKED)
-    weights = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=axis, keepdims=True)), 0.0)
+    weights = jnp.where(visible, jnp.exp(scores - _highest(scores, axis)), 0.0)
     total = jnp.sum(weights, axis=axis, keepdims=True)
     return weights / jnp.where(total == 0.0, 1.0, total)
+
+
+def _highest(scores: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """The maximum along `axis`, kept, as a constant: softmax does not depend on what is subtracted.
+
+    A gradient through it would look for the scores that equal it, and find none, and divide by zero, wherever XLA
+    computes the scores a second time with other roundings.
+    """
+    return jax.lax.stop_gradient(jnp.max(scores, axis=axis, keepdims=True))
 
 
 def attention_reference(
@@ -129,8 +171,26 @@ def attention_one_token(
     ends = query_offset + 1 if lengths is None else jnp.minimum(query_offset + 1, lengths)
     visible = (j[None, :] < ends[:, None])[:, None, :, None]  # [B, 1, S, 1]
     weights = _masked_softmax(scores, visible, axis=2).astype(v.dtype)
-    out = jnp.einsum("bksg,bskh->bkgh", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(B, 1, N, H)
+    return _weighted_values(weights, v).astype(q.dtype).reshape(B, 1, N, H)
+
+
+def _weighted_values(weights: Float[Array, "B K S G"], v: Float[Array, "B S K H"]) -> Float[Array, "B K G H"]:
+    """sum_s weights[b, k, s, g] v[b, s, k, h] in float32."""
+    B, K, S, G = weights.shape
+
+    def plain(weights: Array, v: Array) -> Array:
+        return jnp.einsum("bksg,bskh->bkgh", weights, v, preferred_element_type=jnp.float32)
+
+    def with_one_batch_axis(weights: Array, v: Array) -> Array:
+        weights, v = weights.reshape(B * K, S, G), v.swapaxes(1, 2).reshape(B * K, S, -1)
+        out = jnp.einsum("xsg,xsh->xgh", weights, v, preferred_element_type=jnp.float32)
+        return out.reshape(B, K, G, -1)
+
+    if v.dtype != jnp.bfloat16 or 1 in (B, K, G):
+        return plain(weights, v)
+    # XLA's CPU compiler has no bfloat16 product of matrices over two batch axes that it could not merge: it fails when
+    # it runs ("Unsupported element type for DotThunk").
+    return jax.lax.platform_dependent(weights, v, cpu=with_one_batch_axis, default=plain)
 
 
 def attention_xla(
@@ -149,13 +209,49 @@ def attention_xla(
     Long prompts then take memory linear in their length, also under differentiation, since each block is computed
     again in the backward pass. Short ones are one block: the reference itself.
     """
-    B, T, N, H = q.shape
-    S = k.shape[1]
-    if T == 1:
+    if q.shape[1] == 1:
         return attention_one_token(q, k, v, query_offset, lengths, slopes, alibi, scale)
-    bytes_a_query = 4 * B * N * S
+
+    def attend(q_block: Array, offset: Array) -> Array:
+        return attention_reference(q_block, k, v, offset, lengths, slopes, alibi, scale)
+
+    return _by_query_blocks(attend, q, query_offset, k.shape[1], max_scores_bytes)
+
+
+def attention_xla_with_lse(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    query_offset: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None,
+    slopes: Float[Array, " N"] | None,
+    alibi: str,
+    scale: float,
+    max_scores_bytes: int = 2**30,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """`attention_xla` and `attention_lse`, in the same blocks."""
+
+    def attend(q_block: Array, offset: Array) -> tuple[Array, Array]:
+        arguments = (offset, lengths, slopes, alibi, scale)
+        lse = attention_lse(q_block, k, *arguments)
+        return attention_reference(q_block, k, v, *arguments), lse.swapaxes(1, 2)
+
+    out, lse = _by_query_blocks(attend, q, query_offset, k.shape[1], max_scores_bytes)
+    return out, lse.swapaxes(1, 2)
+
+
+def _by_query_blocks(
+    attend: Callable[[Array, Array], Any],
+    q: Float[Array, "B T N H"],
+    query_offset: Int[Array, " B"],
+    num_keys: int,
+    max_scores_bytes: int,
+) -> Any:
+    """attend(q, query_offset), whose results are [B, T, ...], a block of T at a time where its scores ask for that."""
+    B, T, N, H = q.shape
+    bytes_a_query = 4 * B * N * num_keys
     if T * bytes_a_query <= max_scores_bytes:
-        return attention_reference(q, k, v, query_offset, lengths, slopes, alibi, scale)
+        return attend(q, query_offset)
 
     num_blocks = math.ceil(T / max(16, max_scores_bytes // bytes_a_query))
     block = math.ceil(T / num_blocks)
@@ -165,9 +261,11 @@ def attention_xla(
     starts = jnp.arange(num_blocks, dtype=jnp.int32) * block
 
     @jax.checkpoint
-    def attend(q_and_start: tuple[Array, Array]) -> Array:
+    def attend_block(q_and_start: tuple[Array, Array]) -> Any:
         q_block, start = q_and_start
-        return attention_reference(q_block, k, v, query_offset + start, lengths, slopes, alibi, scale)
+        return attend(q_block, query_offset + start)
 
-    out = jax.lax.map(attend, (blocks, starts))  # [num_blocks, B, block, N, H]
-    return out.swapaxes(0, 1).reshape(B, num_blocks * block, N, H)[:, :T]
+    def join(result: Array) -> Array:  # [num_blocks, B, block, ...]
+        return result.swapaxes(0, 1).reshape(B, num_blocks * block, *result.shape[3:])[:, :T]
+
+    return jax.tree.map(join, jax.lax.map(attend_block, (blocks, starts)))

@@ -1,0 +1,5 @@
+"""Attention of one query token a row against a cache of keys and values, contiguous or in pages."""
+
+from pallas_kernels.decode_attention.api import decode_attention
+
+__all__ = ["decode_attention"]

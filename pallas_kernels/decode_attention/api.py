@@ -1,0 +1,91 @@
+"""`decode_attention`: what models call. Checks the arguments, picks the implementation, runs it."""
+
+import math
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat, dispatch, sharded
+from pallas_kernels.decode_attention.plan import PAGE
+from pallas_kernels.decode_attention.reference import decode_xla
+
+ALIBI_ROUNDINGS = ("float32", "hf_bf16")
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "rows slots K H"],
+    values: Float[Array, "rows slots K H"],
+    *,
+    lengths: Int[Array, " B"],
+    slopes: Float[Array, " N"] | None = None,
+    alibi: str = "float32",
+    scale: float | None = None,
+    page_table: Int[Array, "B max_pages"] | None = None,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+    batch_axes: Sequence[str] = sharded.BATCH_AXES,
+    head_axis: str = sharded.HEAD_AXIS,
+) -> Float[Array, "B N H"]:
+    """Attention of each row's newest token, at position lengths[b] - 1, to its keys 0 .. lengths[b] - 1.
+
+    Args:
+      q: query head n reads key/value head n // (N / K).
+      keys, values: [B, S, K, H], row b's key j in slot j; or, with `page_table`, a pool [num_pages, 64, K, H]. Slots
+        that belong to no key may hold any number, but no infinity or NaN.
+      lengths: keys of each row, 0 to S.
+      slopes: ALiBi slopes in float32, or None. The biased scores are (q . k + slope * (j - (length - 1))) * scale.
+      alibi: "float32", or "hf_bf16" for the rounding that transformers applies.
+      scale: None is 1 / sqrt(H).
+      page_table: key j of row b lies in slot j % 64 of page page_table[b, j // 64]. Entries past the row's last page
+        are not looked at.
+      implementation: "mosaic" (Hopper GPUs, bfloat16 and float16), "xla", or None for the first that takes the call.
+      mesh: what the call runs on, where that is more than the default device. The kernel then runs on each device's
+        share: rows split over `batch_axes`, heads over `head_axis`, each where it divides. Pools hold the pages of all
+        rows and are split by heads alone. XLA splits its own as it sees fit.
+
+    Returns:
+      [B, N, H] in q's dtype. Rows of length 0 give zeros.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown `alibi` or `implementation`.
+      NotImplementedError: the named implementation cannot take these arguments.
+    """
+    N, K = q.shape[1], keys.shape[2]
+    if N % K:
+        raise ValueError(f"decode_attention: {N} query heads cannot share {K} key/value heads; K must divide N")
+    if keys.shape != values.shape or q.shape[-1] != keys.shape[-1]:
+        found = f"keys {keys.shape}, values {values.shape} and q {q.shape}"
+        raise ValueError(f"decode_attention: {found} must have one head dim, and keys and values one shape")
+    if page_table is None and keys.shape[0] != q.shape[0]:
+        raise ValueError(f"decode_attention: {q.shape[0]} rows of queries need as many of keys, not {keys.shape[0]}")
+    if page_table is not None and keys.shape[1] != PAGE:
+        raise ValueError(f"decode_attention: pages hold {PAGE} slots, not {keys.shape[1]}")
+    if alibi not in ALIBI_ROUNDINGS:
+        raise ValueError(f"decode_attention: alibi={alibi!r} is unknown; known are {', '.join(ALIBI_ROUNDINGS)}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+
+    candidates = {"mosaic": lambda: _mosaic_reason(q, keys, scale, mesh), "xla": lambda: None}
+    if dispatch.choose("decode_attention", implementation, candidates) == "xla":
+        return decode_xla(q, keys, values, lengths, slopes, alibi, scale, page_table)
+
+    from pallas_kernels.decode_attention import mosaic
+
+    def run(q, keys, values, lengths, slopes, page_table):
+        return mosaic.decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table)
+
+    cache = "B S K H" if page_table is None else "P S K H"
+    letters = ("B N H", cache, cache, "B", "N", "B M")
+    arguments = (q, keys, values, lengths, slopes, page_table)
+    return sharded.over_mesh(run, mesh, arguments, letters, "B N H", batch_axes=batch_axes, head_axis=head_axis)
+
+
+def _mosaic_reason(q: Array, keys: Array, scale: float, mesh: Mesh | None) -> str | None:
+    if (reason := compat.mosaic_reason(mesh)) is not None:
+        return reason
+    # Not at the top: Pallas takes half a second to import, and only Hopper runs it.
+    from pallas_kernels.decode_attention import mosaic
+
+    return mosaic.reason_against(q, keys, scale)

@@ -1,0 +1,56 @@
+"""Attention for Hopper: the forward and backward kernels as one differentiable function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.flash_attention.backward import backward
+from pallas_kernels.flash_attention.forward import forward
+
+HEAD_DIMS = (64, 128)
+
+
+def reason_against(q: Array, k: Array, **_options: object) -> str | None:
+    """Why these kernels cannot take the arguments, or None where they can: on a Hopper GPU, whatever the options."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
+        return f"it takes bfloat16 or float16, not {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"it takes heads of {' or '.join(map(str, HEAD_DIMS))} columns, not {q.shape[-1]}"
+    if not (q.size and k.size):
+        return "there is nothing to attend to"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def attention_mosaic(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    query_offset: Int[Array, " B"] | None,
+    lengths: Int[Array, " B"] | None,
+    slopes: Float[Array, " N"] | None,
+    alibi: str,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N Tp"]]:
+    """`forward`, differentiable in q, k and v (in the slopes it is not: their cotangent is zero).
+
+    Memory: what the backward pass keeps is q, k, v, the output and one float32 a query and head.
+    """
+    return forward(q, k, v, query_offset, lengths, slopes, alibi, scale)
+
+
+def _forward(q, k, v, query_offset, lengths, slopes, alibi, scale):
+    out, lse = forward(q, k, v, query_offset, lengths, slopes, alibi, scale)
+    return (out, lse), (q, k, v, out, lse, query_offset, lengths, slopes)
+
+
+def _backward(alibi, scale, kept, cotangents):
+    q, k, v, out, lse, query_offset, lengths, slopes = kept
+    dout, dlse = cotangents
+    gradients = backward(q, k, v, out, lse, dout, query_offset, lengths, slopes, alibi, scale, dlse=dlse)
+    return *gradients, None, None, None
+
+
+attention_mosaic.defvjp(_forward, _backward)

@@ -1,0 +1,258 @@
+"""The kernels as they run in production, compiled for an H100: registers, launches and memory. No GPU is needed."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat, shapes
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.flash_attention import attention
+from pallas_kernels.flash_attention.backward import backward
+from pallas_kernels.flash_attention.reference import attention_reference
+from pallas_kernels.flash_attention.tiles import padded_length
+from tests.pallas_kernels import hopper
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[hopper.Compiler]:
+    if sys.platform != "linux":
+        pytest.skip("NVIDIA's compiler runs on Linux")
+    with hopper.Compiler() as compiler:
+        yield compiler
+
+
+def array(shape: tuple[int, ...], dtype: Any = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def require_no_problems(report: hopper.Report) -> None:
+    if report.problems():
+        pytest.fail(str(report), pytrace=False)
+
+
+# Buffers are laid out in multiples of some hundred bytes.
+SLACK_BYTES = 4096
+
+
+def query_bytes(case: shapes.AttentionCase) -> int:
+    return 2 * case.B * case.T * case.N * case.H
+
+
+def log_sum_exp_bytes(case: shapes.AttentionCase) -> int:
+    return 4 * case.B * case.N * padded_length(case.T)
+
+
+def renamed(case: shapes.AttentionCase, name: str, **changes: Any) -> shapes.AttentionCase:
+    return dataclasses.replace(case, name=f"{case.name}, {name}", **changes)
+
+
+def attention_arguments(case: shapes.AttentionCase) -> dict[str, Any]:
+    rows = array((case.B,), "int32")
+    return {
+        "q": array((case.B, case.T, case.N, case.H), case.dtype),
+        "k": array((case.B, case.S, case.K, case.H), case.dtype),
+        "v": array((case.B, case.S, case.K, case.H), case.dtype),
+        "query_offset": None if case.offsets is None else rows,
+        "lengths": None if case.lengths is None else rows,
+        "slopes": None if case.alibi is None else array((case.N,)),
+        "alibi": case.alibi or "float32",
+        "scale": case.scale,
+    }
+
+
+PROMPTS = [shapes.attention_case(model, 4096) for model in shapes.HEADS]
+WITHOUT_ALIBI = [renamed(case, "no alibi", alibi=None) for case in PROMPTS if case.alibi]
+ROUNDED = [renamed(case, "hf_bf16", alibi="hf_bf16") for case in PROMPTS if case.alibi]
+# Two rows of different length, each the middle of a longer prompt.
+CHUNKS = [
+    renamed(shapes.attention_case(model, 4096, batch=2), "chunk", T=512, offsets=(3501, 90), lengths=(4013, 602))
+    for model in ("falcon-rw-1b", "falcon-40b", "falcon2-11b", "falcon-40b-alibi")
+]
+FLOAT16 = renamed(PROMPTS[-1], "float16", dtype="float16")
+
+
+@pytest.mark.parametrize("case", [*PROMPTS, *WITHOUT_ALIBI, *ROUNDED, *CHUNKS, FLOAT16], ids=str)
+def test_attention_is_one_launch_without_spills_or_scores_in_memory(compiler, case):
+    report = compiler.compile(attention, **attention_arguments(case))
+    require_no_problems(report)
+    assert report.launches == ("mosaic_gpu_v2",)
+    assert [kernel.name for kernel in report.kernels] == ["flash_attention_forward_mosaic_gpu_kernel"]
+    assert report.temp_bytes <= log_sum_exp_bytes(case) + SLACK_BYTES
+
+
+@pytest.mark.parametrize("tokens", [12288, 65536])
+def test_64_heads_over_many_tokens_need_one_number_a_query_and_head_beyond_their_output(compiler, tokens):
+    case = shapes.attention_case("falcon-40b-alibi", tokens)
+    report = compiler.compile(attention, **attention_arguments(case))
+    assert report.output_bytes == query_bytes(case)
+    assert report.temp_bytes <= log_sum_exp_bytes(case) + SLACK_BYTES
+
+
+def backward_arguments(case: shapes.AttentionCase) -> dict[str, Any]:
+    arguments = attention_arguments(case)
+    lse = array((case.B, case.N, padded_length(case.T)))
+    return arguments | {"out": arguments["q"], "lse": lse, "dout": arguments["q"]}
+
+
+@pytest.mark.parametrize("case", [*PROMPTS, *WITHOUT_ALIBI, ROUNDED[0], ROUNDED[-1], *CHUNKS[2:]], ids=str)
+def test_backward_is_one_kernel_without_spills_or_scores_in_memory(compiler, case):
+    report = compiler.compile(backward, **backward_arguments(case))
+    require_no_problems(report)
+    # Before the kernel: delta, where scores start from, counters at zero, lengths cut to size. After it, one for each
+    # gradient: rounded, dK and dV also added up over chunks of heads.
+    kernel = report.launches.index("mosaic_gpu_v2")
+    before, after = report.launches[:kernel], report.launches[kernel + 1 :]
+    assert set(before + after) == {"fusion"} and len(before) <= 4 and len(after) <= 3
+    # dQ in float32, parts of dK and dV that are no larger, and a few numbers a query and head.
+    assert report.temp_bytes <= 4 * query_bytes(case)
+
+
+def gradients(q, k, v, dout, **options: Any):
+    return jax.vjp(lambda q, k, v: attention(q, k, v, **options), q, k, v)[1](dout)
+
+
+def test_gradients_of_64_heads_over_65536_tokens_need_memory_for_a_few_arrays_like_q(compiler):
+    case = shapes.attention_case("falcon-40b-alibi", 65536)
+    arguments = attention_arguments(case)
+    report = compiler.compile(gradients, dout=arguments["q"], **arguments)
+    assert report.launches.count("mosaic_gpu_v2") == 2
+    assert report.temp_bytes <= 5 * query_bytes(case)
+
+
+def decode_arguments(case: shapes.DecodeCase) -> dict[str, Any]:
+    num_pages = -(-case.S // shapes.PAGE_SIZE)
+    slots = (case.B * num_pages, shapes.PAGE_SIZE) if case.paged else (case.B, case.S)
+    cache = array((*slots, case.K, case.H), case.dtype)
+    return {
+        "q": array((case.B, case.N, case.H), case.dtype),
+        "keys": cache,
+        "values": cache,
+        "lengths": array((case.B,), "int32"),
+        "slopes": None if case.alibi is None else array((case.N,)),
+        "alibi": case.alibi or "float32",
+        "scale": case.scale,
+        "page_table": array((case.B, num_pages), "int32") if case.paged else None,
+    }
+
+
+# A float32 sum for each of at most two blocks a multiprocessor, 64 heads of 128 columns, and as many to fill up chunks.
+# A number a key and head would be twice that with 131,072 keys.
+PARTIAL_SUMS_BYTES = 2 * 2 * compat.NUM_SMS * 64 * 128 * 4
+DECODE = [
+    *(shapes.decode_case(model, 4096, paged=paged) for model in shapes.HEADS for paged in (False, True)),
+    shapes.decode_case("falcon-rw-1b", 512, batch=16, paged=True),
+    shapes.decode_case("falcon-7b", 32768, batch=4),
+    shapes.decode_case("falcon-40b-alibi", 131072),
+    dataclasses.replace(shapes.decode_case("falcon-40b-alibi", 4096), name="hf_bf16", alibi="hf_bf16"),
+]
+
+
+@pytest.mark.parametrize("case", DECODE, ids=str)
+def test_decode_is_one_launch_without_spills_whose_memory_does_not_grow_with_the_cache(compiler, case):
+    report = compiler.compile(decode_attention, **decode_arguments(case))
+    require_no_problems(report)
+    assert report.launches == ("mosaic_gpu_v2",)
+    assert [kernel.name for kernel in report.kernels] == ["decode_attention_mosaic_gpu_kernel"]
+    assert report.temp_bytes <= PARTIAL_SUMS_BYTES
+
+
+# That the checks above can fail.
+
+
+def products(a, b, *, num_sums: int):
+    """Sums of 128 registers a thread each, all in flight at once, of which a thread has 255 at most."""
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
+
+    def kernel(a_ref, b_ref, out_ref, a_smem, b_smem, full):
+        plgpu.copy_gmem_to_smem(a_ref, a_smem, full)
+        plgpu.copy_gmem_to_smem(b_ref, b_smem, full)
+        plgpu.barrier_wait(full)
+
+        def add_up(*sums):
+            for sum_ref in sums:
+                plgpu.wgmma(sum_ref, a_smem, b_smem)
+            plgpu.wgmma_wait(0)
+            total = sums[0][...]
+            for weight, sum_ref in enumerate(sums[1:], start=2):
+                total = jnp.maximum(total, sum_ref[...] * weight)
+            out_ref[...] = total
+
+        sum_type = plgpu.ACC(out_ref.shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+        pl.run_scoped(add_up, *[sum_type] * num_sums)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((a.shape[0], b.shape[1]), jnp.float32),
+        scratch_types=[
+            plgpu.SMEM(a.shape, a.dtype, transforms=tiled),
+            plgpu.SMEM(b.shape, b.dtype, transforms=tiled),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        kernel_name="products",
+    )(a, b)
+
+
+def test_a_small_kernel_is_described_as_it_is_written(compiler):
+    report = compiler.compile(products, array((64, 64), "bfloat16"), array((64, 256), "bfloat16"), num_sums=1)
+    (kernel,) = report.kernels
+    assert (kernel.name, kernel.num_blocks, kernel.num_threads) == ("products_mosaic_gpu_kernel", 1, 128)
+    tile_bytes = 2 * (64 * 64 + 64 * 256)
+    assert tile_bytes <= kernel.shared_memory_bytes <= tile_bytes + 1024
+    assert 128 < kernel.registers <= 255
+    assert report.launches == ("mosaic_gpu_v2",)
+    assert (report.output_bytes, report.temp_bytes) == (4 * 64 * 256, 0)
+    require_no_problems(report)
+
+
+def test_a_kernel_that_wants_more_registers_than_there_are_is_found_out(compiler):
+    report = compiler.compile(products, array((64, 64), "bfloat16"), array((64, 256), "bfloat16"), num_sums=3)
+    (kernel,) = report.kernels
+    assert min(kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) > 0
+    # Products that should overlap then run one after another, which ptxas says by the way only.
+    assert any("wgmma.mma_async instructions are serialized" in problem for problem in report.problems())
+
+
+def test_the_plain_formula_is_seen_to_make_several_launches_and_hold_all_scores(compiler):
+    case = dataclasses.replace(shapes.attention_case("falcon-rw-1b", 1024), offsets=(0,))
+    report = compiler.compile(attention_reference, **attention_arguments(case))
+    assert len(report.launches) > 2
+    assert report.temp_bytes >= 2 * case.N * case.T * case.S
+    assert report.kernels == ()
+
+
+def twice_in_a_loop(x):
+    return jax.lax.fori_loop(0, 2, lambda _, y: jnp.sin(y) @ y, x)
+
+
+def test_launches_inside_a_loop_are_seen(compiler):
+    launches = compiler.compile(twice_in_a_loop, array((256, 256))).launches
+    assert "while" in launches
+    assert launches.count("fusion") >= 1
+
+
+def doubled(x):
+    return 2 * x
+
+
+def refuses(x):
+    raise ValueError(f"no such shape: {x.shape}")
+
+
+def dies(x):
+    print("about to end", flush=True)
+    sys.exit(7)
+
+
+def test_what_fails_is_reported_and_the_next_one_still_compiles(compiler):
+    with pytest.raises(hopper.CompileError, match=r"no such shape: \(3,\)"):
+        compiler.compile(refuses, array((3,)))
+    with pytest.raises(hopper.CompileError, match=r"ended with 7:\n(?s:.*)about to end"):
+        compiler.compile(dies, array((3,)))
+    assert compiler.compile(doubled, array((3,))).output_bytes == 12
