@@ -7,6 +7,7 @@ is not always a GPU on a machine that has one (`jax.default_device`, a mesh of C
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax._src import config as jax_config
@@ -35,8 +36,8 @@ def interpreting() -> bool:
     return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
-def device(mesh: Mesh | None = None) -> jax.Device:
-    """The device, or one like it, on which a call traced now will run."""
+def device(mesh: Mesh | None = None) -> Any:
+    """The device (a jax.Device), or one like it, on which a call traced now will run."""
     if mesh is not None:
         return mesh.devices.flat[0]
     default = jax.config.jax_default_device

@@ -421,8 +421,8 @@ def _over_heads(x: Any, dims: tuple[int, ...]) -> Any:
 
 def _store(ref: Any, x: Any) -> None:
     """ref[...] = x where x does not fill whole lines of memory, which newer versions of JAX want said."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, x, optimized=False)
+    if (store := getattr(plgpu, "store", None)) is not None:
+        store(ref, x, optimized=False)
     else:
         ref[...] = x
 

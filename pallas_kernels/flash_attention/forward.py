@@ -99,11 +99,11 @@ def forward(
       to 128, -inf for queries that see no key; entries past T mean nothing.
     """
     interpretable = compat.interpreting()
-    alibi = None if slopes is None else alibi
-    blocks = blocks or default_blocks(q.shape[-1], alibi)
+    mode = None if slopes is None else alibi
+    blocks = blocks or default_blocks(q.shape[-1], mode)
     if interpretable:
         blocks = dataclasses.replace(blocks, keys=64, stages=2)
-    settings = _Settings(blocks, k.shape[1], q.shape[1], alibi, scale, interpretable)
+    settings = _Settings(blocks, k.shape[1], q.shape[1], mode, scale, interpretable)
     return _forward(q, k, v, query_offset, lengths, slopes, settings=settings, num_sms=compat.num_sms())
 
 
@@ -126,7 +126,7 @@ def _forward(q, k, v, query_offset, lengths, slopes, *, settings, num_sms):
     table, counts = work.schedule(min(num_sms, B * N * work.num_tiles))
     # Copies of tiles want the sequence axis in multiples of 8.
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (q, k, v))
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
     def tiled(*shape: int) -> Any:
         return plgpu.SMEM(shape, q.dtype, transforms=transforms)
@@ -403,9 +403,9 @@ class _Warpgroup:
             total, p = state.total * alpha + p.sum(axis=1), p.astype(self.dtype)
         else:
             o, m, total, p = state
-            _, o, m, total, p, alpha = pl.run_state(products)(
-                (plgpu.ACC.init(start), plgpu.ACC.init(o), m, total, p, m)
-            )
+            accumulator = plgpu.WGMMAAccumulatorRef.init
+            updated: Any = pl.run_state(products)((accumulator(start), accumulator(o), m, total, p, m))
+            _, o, m, total, p, alpha = updated
         plgpu.barrier_arrive(smem["v_free"].at[slot])
         return _Softmax(o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, total, p), next_slot
 
@@ -415,7 +415,7 @@ class _Warpgroup:
         p = jnp.exp2(s * self.exponent_scale - lax.broadcast_in_dim(new_m, s.shape, [0]))
         return p, new_m, jnp.exp2(m - new_m)
 
-    def multiply(self, start: jax.Array, a: Any, b: Any, when_issued: Callable[[], None] | None = None) -> jax.Array:
+    def multiply(self, start: Any, a: Any, b: Any, when_issued: Callable[[], None] | None = None) -> Any:
         """start + a @ b, awaited. Interpretation takes neither set accumulators nor operands in registers."""
 
         def issue(accumulator):
@@ -425,13 +425,13 @@ class _Warpgroup:
             return accumulator[...] if self.settings.interpretable else None
 
         if not self.settings.interpretable:
-            return pl.run_state(issue)(plgpu.ACC.init(start))
+            return pl.run_state(issue)(plgpu.WGMMAAccumulatorRef.init(start))
         if isinstance(a, jax.Array):
             p_smem = self.smem["p_smem"].at[self.index]
             p_smem[...] = a
             plgpu.commit_smem()
             a = p_smem
-        return start + pl.run_scoped(issue, plgpu.ACC(start.shape, jnp.float32))
+        return start + pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef(start.shape, jnp.float32))
 
     def store(self, tile: _Tile, state: _Softmax) -> None:
         seen = state.total > 0  # at least 1 where any key was seen: the largest weight

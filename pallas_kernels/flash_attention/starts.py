@@ -36,7 +36,7 @@ def scores_start(
     scale: float,
     dtype: DTypeLike,
     interpretable: bool,
-) -> jax.Array:
+) -> Any:
     """float32 [rows, keys] in the layout of an accumulator.
 
     Args:
@@ -75,12 +75,12 @@ def _rounded(x: Any, dtype: DTypeLike) -> Any:
 
 def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, scale, dtype):
     scalar, row_vector = plgpu.Layout.WG_SPLAT(()), plgpu.Layout.WGMMA.reduce(1)
-    arguments, types = [], []
+    arguments: list[Any] = []
     if alibi == "float32":
         arguments = [slope, slope * (first_key - first_row).astype(jnp.float32)]
     elif alibi == "hf_bf16":
         arguments = [_rounded(slope, jnp.bfloat16), first_key.astype(jnp.float32)]
-    types = [scalar] * len(arguments)
+    types: list[Any] = [scalar] * len(arguments)
     if num_visible is not None:
         arguments.append(num_visible)
         types.append(row_vector)

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, shapes
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.plan import Shape, default_plan
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.flash_attention.backward import backward
 from pallas_kernels.flash_attention.reference import attention_reference
@@ -155,10 +156,14 @@ DECODE = [
 
 
 @pytest.mark.parametrize("case", DECODE, ids=str)
-def test_decode_is_one_launch_without_spills_whose_memory_does_not_grow_with_the_cache(compiler, case):
+def test_decode_is_one_kernel_without_spills_whose_memory_does_not_grow_with_the_cache(compiler, case):
     report = compiler.compile(decode_attention, **decode_arguments(case))
     require_no_problems(report)
-    assert report.launches == ("mosaic_gpu_v2",)
+    # Blocks of one cluster meet in the kernel alone; more of them at semaphores, which XLA sets to zero before it.
+    shape = Shape(case.B, case.K, case.N // case.K, case.H, -(-case.S // shapes.PAGE_SIZE) * shapes.PAGE_SIZE)
+    by_cluster = default_plan(shape, compat.NUM_SMS).meeting == "cluster"
+    assert report.launches[-1] == "mosaic_gpu_v2"
+    assert len(report.launches) == (1 if by_cluster else 2)
     assert [kernel.name for kernel in report.kernels] == ["decode_attention_mosaic_gpu_kernel"]
     assert report.temp_bytes <= PARTIAL_SUMS_BYTES
 
