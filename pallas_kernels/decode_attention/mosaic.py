@@ -81,7 +81,9 @@ def decode_mosaic(
 
     Under vmap the mapped calls become rows of one launch; slopes may not be mapped over.
     """
-    launch = jax.custom_batching.custom_vmap(functools.partial(_launch, alibi=alibi, scale=scale, plan=plan))
+    options = {"alibi": alibi, "scale": scale, "plan": plan}
+    options |= {"num_sms": compat.num_sms(), "interpretable": compat.interpreting()}
+    launch = jax.custom_batching.custom_vmap(functools.partial(_launch, **options))
 
     @launch.def_vmap
     def _fold(axis_size, in_batched, q, keys, values, lengths, slopes, page_table):
@@ -107,16 +109,21 @@ def decode_mosaic(
     return launch(q, keys, values, lengths, slopes, page_table)
 
 
-def _launch(q, keys, values, lengths, slopes, page_table, *, alibi: str, scale: float, plan: Plan | None) -> Array:
+# Compiled once a shape: what calls this in every layer would otherwise lower the kernel in every layer.
+@functools.partial(jax.jit, static_argnames=("alibi", "scale", "plan", "num_sms", "interpretable"))
+def _launch(
+    q, keys, values, lengths, slopes, page_table,
+    *, alibi: str, scale: float, plan: Plan | None, num_sms: int, interpretable: bool,
+) -> Array:  # fmt: skip
     B, N, H = q.shape
     K = keys.shape[2]
     capacity = keys.shape[1] if page_table is None else page_table.shape[1] * PAGE
     shape = Shape(B, K, N // K, H, capacity)
-    plan = plan or default_plan(shape, compat.num_sms())
-    if not compat.interpreting():
-        shape.check(plan, compat.num_sms())
+    plan = plan or default_plan(shape, num_sms)
+    if not interpretable:
+        shape.check(plan, num_sms)
     # The interpreter has no semaphores, but clusters.
-    by_cluster = plan.meeting == "cluster" or compat.interpreting()
+    by_cluster = plan.meeting == "cluster" or interpretable
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
@@ -160,7 +167,7 @@ def _launch(q, keys, values, lengths, slopes, page_table, *, alibi: str, scale: 
     optional = {"slope_ref": slopes, "table_ref": page_table}
     names = [name for name, value in optional.items() if value is not None]
     kernel = functools.partial(
-        _kernel, shape=shape, plan=plan, units=units, alibi=alibi, scale=scale, interpretable=compat.interpreting()
+        _kernel, shape=shape, plan=plan, units=units, alibi=alibi, scale=scale, interpretable=interpretable
     )
 
     def body(q_ref, k_ref, v_ref, length_ref, *rest, **smem_refs):
