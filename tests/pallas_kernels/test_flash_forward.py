@@ -67,7 +67,7 @@ def test_alibi_equals_extra_columns_of_q_and_k():
     case = shapes.AttentionCase("columns", 1, 150, 150, 3, 1, 64, alibi="float32")
     inputs = case.draw(1)
     out, _ = run_kernel(case, inputs)
-    q, k, v = plain_q, plain_k, plain_v = (inputs[name].astype(jnp.float32) for name in ("q", "k", "v"))
+    plain_q, plain_k, plain_v = q, k, v = [inputs[name].astype(jnp.float32) for name in ("q", "k", "v")]
     a, c = (columns.astype(jnp.float32) for columns in alibi_columns(inputs["slopes"], case.S, jnp.bfloat16))
     q = jnp.concatenate([q, jnp.broadcast_to(a, (1, case.T, case.N, 8))], -1)
     k = jnp.concatenate([k, jnp.broadcast_to(c[None, :, None], (1, case.S, 1, 8))], -1)
