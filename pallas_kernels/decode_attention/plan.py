@@ -73,7 +73,7 @@ class Shape:
 
 
 def default_plan(shape: Shape, num_sms: int) -> Plan:
-    """The plan for a GPU with that many multiprocessors, a first rule that fills it (benchmarks/LOG.md has what was measured)."""
+    """The plan for a GPU with that many multiprocessors: blocks enough to fill it (benchmarks/LOG.md has timings)."""
     keys = 64
     stages = 4 if shape.H == 64 else 2
     tiles = -(-shape.capacity // keys)
