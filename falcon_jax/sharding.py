@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.sharded import BATCH_AXES, HEAD_AXIS
+
 AXES = ("data", "fsdp", "tensor", "stage")
-BATCH_AXES = ("data", "fsdp")
-HEAD_AXIS = "tensor"
 
 # First match wins. A letter's axis: D -> fsdp, N, K, F, V -> tensor; H is never split.
 PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (

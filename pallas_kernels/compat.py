@@ -67,9 +67,9 @@ def mosaic_reason(mesh: Mesh | None = None) -> str | None:
 
 
 def num_sms(mesh: Mesh | None = None) -> int:
-    """Streaming multiprocessors of the device: how many blocks a kernel that loops over its work should launch."""
+    """Streaming multiprocessors of the device: how many blocks run at once, where each takes one to itself."""
     if interpreting():
         return 2  # enough to have blocks side by side
     if _assumed.get() is not None:
         return NUM_SMS
-    return getattr(device(mesh), "core_count", NUM_SMS)
+    return device(mesh).core_count

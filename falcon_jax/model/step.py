@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import positions
 from falcon_jax.model.cache import KVCache
@@ -83,8 +82,6 @@ class Step:
             "alibi": self.alibi,
             "implementation": self.implementation,
             "mesh": self.mesh,
-            "batch_axes": sharding.BATCH_AXES,
-            "head_axis": sharding.HEAD_AXIS,
         }
 
 

@@ -1,16 +1,13 @@
 """`decode_attention`: what models call. Checks the arguments, picks the implementation, runs it."""
 
-import math
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat, dispatch, sharded
+from pallas_kernels import arguments, compat, dispatch, sharded
 from pallas_kernels.decode_attention.plan import PAGE
 from pallas_kernels.decode_attention.reference import decode_xla
-
-ALIBI_ROUNDINGS = ("float32", "hf_bf16")
 
 
 def decode_attention(
@@ -41,6 +38,7 @@ def decode_attention(
       page_table: key j of row b lies in slot j % 64 of page page_table[b, j // 64]. Entries past the row's last page
         are not looked at.
       implementation: "mosaic" (Hopper GPUs, bfloat16 and float16), "xla", or None for the first that takes the call.
+        "cudnn", which `attention` knows, takes none.
       mesh: what the call runs on, where that is more than the default device. The kernel then runs on each device's
         share: rows split over `batch_axes`, heads over `head_axis`, each where it divides. Pools hold the pages of all
         rows and are split by heads alone. XLA splits its own as it sees fit.
@@ -53,8 +51,7 @@ def decode_attention(
       NotImplementedError: the named implementation cannot take these arguments.
     """
     N, K = q.shape[1], keys.shape[2]
-    if N % K:
-        raise ValueError(f"decode_attention: {N} query heads cannot share {K} key/value heads; K must divide N")
+    arguments.check("decode_attention", num_heads=N, num_kv_heads=K, alibi=alibi)
     if keys.shape != values.shape or q.shape[-1] != keys.shape[-1]:
         found = f"keys {keys.shape}, values {values.shape} and q {q.shape}"
         raise ValueError(f"decode_attention: {found} must have one head dim, and keys and values one shape")
@@ -62,12 +59,14 @@ def decode_attention(
         raise ValueError(f"decode_attention: {q.shape[0]} rows of queries need as many of keys, not {keys.shape[0]}")
     if page_table is not None and keys.shape[1] != PAGE:
         raise ValueError(f"decode_attention: pages hold {PAGE} slots, not {keys.shape[1]}")
-    if alibi not in ALIBI_ROUNDINGS:
-        raise ValueError(f"decode_attention: alibi={alibi!r} is unknown; known are {', '.join(ALIBI_ROUNDINGS)}")
     if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
+        scale = arguments.default_scale(q)
 
-    candidates = {"mosaic": lambda: _mosaic_reason(q, keys, scale, mesh), "xla": lambda: None}
+    candidates = {
+        "mosaic": lambda: _mosaic_reason(q, keys, scale, mesh),
+        "cudnn": lambda: "it takes queries and keys of one whole sequence, not a cache",
+        "xla": lambda: None,
+    }
     if dispatch.choose("decode_attention", implementation, candidates) == "xla":
         return decode_xla(q, keys, values, lengths, slopes, alibi, scale, page_table)
 
@@ -78,8 +77,8 @@ def decode_attention(
 
     cache = "B S K H" if page_table is None else "P S K H"
     letters = ("B N H", cache, cache, "B", "N", "B M")
-    arguments = (q, keys, values, lengths, slopes, page_table)
-    return sharded.over_mesh(run, mesh, arguments, letters, "B N H", batch_axes=batch_axes, head_axis=head_axis)
+    arrays = (q, keys, values, lengths, slopes, page_table)
+    return sharded.over_mesh(run, mesh, arrays, letters, "B N H", batch_axes=batch_axes, head_axis=head_axis)
 
 
 def _mosaic_reason(q: Array, keys: Array, scale: float, mesh: Mesh | None) -> str | None:

@@ -21,7 +21,6 @@ Long (2022), for ALiBi.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,15 +30,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.decode_attention.plan import MAX_HEADS, PAGE, Plan, Shape, default_plan
-
-LOG2E = math.log2(math.e)
-# Finite, so that a masked score's maximum can be subtracted from itself.
-MASKED = -1e30
+from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
+from pallas_kernels.hopper import LOG2E, rounded, tiled
 
 # Registers of the matrix instruction's results; of one value a head (a column of it), and of one a key (a row of it).
 MATRIX = plgpu.Layout.WGMMA
@@ -125,11 +121,7 @@ def _launch(
     # The interpreter has no semaphores, but clusters.
     by_cluster = plan.meeting == "cluster" or interpretable
 
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-
-    def smem(*dims: int) -> Any:
-        return plgpu.SMEM(dims, q.dtype, transforms=tiled)
-
+    smem = functools.partial(tiled, dtype=q.dtype)
     pages_per_tile = 1 if page_table is None else plan.keys // PAGE
     scratch = {
         "k_smem": smem(plan.stages, plan.keys, H),
@@ -254,8 +246,7 @@ def _kernel(
                 distance = (j - (length - 1)).astype(jnp.float32)
                 return _over_heads(distance, dims) * _over_keys(slope * exponent_scale, dims)
             positions = _over_heads(j.astype(jnp.float32), dims)
-            product = _rounded(_over_keys(slope, dims), jnp.bfloat16) * _rounded(positions, jnp.bfloat16)
-            return _rounded(_rounded(product, jnp.bfloat16) * scale, dtype) * LOG2E
+            return hf_bf16_bias(_over_keys(slope, dims), positions, scale, dtype, rounded) * LOG2E
 
         def exponents(s, i):
             """Scores q . k of a tile to base-2 exponents, biased and masked."""
@@ -406,10 +397,6 @@ def _units(shape: Shape, plan: Plan) -> list[tuple[int, int]]:
     """
     chunks = [chunk for chunk in (8, 16, 32, 64, 128) if chunk < 2 * plan.splits or chunk == 8]
     return [(chunk, min(shape.H, 1024 // chunk)) for chunk in chunks]
-
-
-def _rounded(x: Any, dtype: DTypeLike) -> Any:
-    return x.astype(dtype).astype(jnp.float32)
 
 
 def _filled(dims: tuple[int, ...], value: Any, layout: Any) -> Any:

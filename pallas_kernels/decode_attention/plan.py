@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels import compat
+
 PAGE = 64  # slots of a page
 MAX_HEADS = {64: 80, 128: 64}  # query heads a block can hold in registers, by head dim
 MAX_CLUSTER = 8  # blocks of a cluster that every Hopper GPU takes
@@ -63,7 +65,7 @@ class Shape:
 
     def blocks_per_sm(self, plan: Plan) -> int:
         """Blocks that a multiprocessor holds for sure: by shared memory, and by registers, at most 255 a thread."""
-        return min(2, 227 * 1024 // self.smem_bytes(plan))
+        return min(2, compat.MAX_SMEM_BYTES // self.smem_bytes(plan))
 
     def check(self, plan: Plan, num_sms: int) -> None:
         """Raises ValueError where the plan cannot run: blocks would wait for others that never start."""

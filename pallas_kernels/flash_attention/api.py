@@ -1,6 +1,5 @@
 """`attention`: what models call. Checks the arguments, picks the implementation, runs it."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -9,11 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat, dispatch, sharded
+from pallas_kernels import arguments, compat, dispatch, sharded
 from pallas_kernels.flash_attention import cudnn
 from pallas_kernels.flash_attention.reference import attention_xla, attention_xla_with_lse
 
-ALIBI_ROUNDINGS = ("float32", "hf_bf16")
 # The dimensions of q, k, v, query_offset, lengths and slopes.
 LETTERS = ("B T N H", "B S K H", "B S K H", "B", "B", "N")
 
@@ -69,15 +67,11 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  # the overloads d
       ValueError: shapes that do not fit, an unknown `alibi` or `implementation`.
       NotImplementedError: the named implementation cannot take these arguments.
     """
-    N, K = q.shape[2], k.shape[2]
-    if N % K:
-        raise ValueError(f"attention: {N} query heads cannot share {K} key/value heads; K must divide N")
+    arguments.check("attention", num_heads=q.shape[2], num_kv_heads=k.shape[2], alibi=alibi)
     if k.shape != v.shape:
         raise ValueError(f"attention: k {k.shape} and v {v.shape} must have one shape")
-    if alibi not in ALIBI_ROUNDINGS:
-        raise ValueError(f"attention: alibi={alibi!r} is unknown; known are {', '.join(ALIBI_ROUNDINGS)}")
     if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
+        scale = arguments.default_scale(q)
 
     described = {"query_offset": query_offset, "lengths": lengths, "slopes": slopes, "alibi": alibi, "mesh": mesh}
     chosen = dispatch.choose(
@@ -103,9 +97,9 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  # the overloads d
         out, lse = result
         return (out, lse[:, :, : q.shape[1]]) if return_lse else out
 
-    arguments = (q, k, v, query_offset, lengths, slopes)
+    arrays = (q, k, v, query_offset, lengths, slopes)
     results = ("B T N H", "B N T") if return_lse else "B T N H"
-    return sharded.over_mesh(run, mesh, arguments, LETTERS, results, batch_axes=batch_axes, head_axis=head_axis)
+    return sharded.over_mesh(run, mesh, arrays, LETTERS, results, batch_axes=batch_axes, head_axis=head_axis)
 
 
 def _mosaic_reason(q: jax.Array, k: jax.Array, *, mesh: Mesh | None, **described: Any) -> str | None:

@@ -15,23 +15,19 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
-from pallas_kernels.flash_attention import backward_keys, backward_queries
+from pallas_kernels.flash_attention import backward_keys
 from pallas_kernels.flash_attention.backward_order import Problem, heads_per_block
-from pallas_kernels.flash_attention.starts import MASKED
+from pallas_kernels.flash_attention.reference import MASKED
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """How the work is cut.
 
-    one_pass: dQ comes out of the kernel that makes dK and dV; else a second kernel computes it from the start.
     heads: query heads of those that share K and V that one block works through; None for what fills the GPU.
-    keys: of a tile, in the second kernel.
     """
 
-    one_pass: bool = True
     heads: int | None = None
-    keys: int = 128
 
 
 def backward(
@@ -114,13 +110,10 @@ def _gradients(arrays, *, alibi, scale, blocks, num_sms, interpretable):
         inputs["lengths"] = jnp.full(B, S, jnp.int32)
 
     heads = blocks.heads or heads_per_block(problem, num_sms)
-    settings = backward_keys.Settings(problem, heads, alibi, scale, blocks.one_pass, interpretable)
+    settings = backward_keys.Settings(problem, heads, alibi, scale, interpretable)
     outputs = backward_keys.gradients(inputs, settings, num_sms)
-    if blocks.one_pass:
-        dq = _sum_of_parts(outputs["dq"], problem, inputs) if interpretable else outputs["dq"]
-        dq = (dq * scale).astype(inputs["q"].dtype)
-    else:
-        dq = backward_queries.gradient(inputs, settings, blocks.keys)
+    dq = _sum_of_parts(outputs["dq"], problem, inputs) if interpretable else outputs["dq"]
+    dq = (dq * scale).astype(inputs["q"].dtype)
     dk, dv = (jnp.sum(outputs[name], axis=0).astype(inputs["k"].dtype) for name in ("dk", "dv"))
     return dq[:, :T], dk[:, :S], dv[:, :S]
 

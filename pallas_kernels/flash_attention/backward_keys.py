@@ -16,7 +16,6 @@ half of dS when it has long been there, so the two may drift apart, and one's so
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,11 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.backward_order import KEYS, KeyOrder, Problem
-from pallas_kernels.flash_attention.hiding import hide_columns
-from pallas_kernels.flash_attention.starts import MASKED
+from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
+from pallas_kernels.hopper import LOG2E, Accumulator, hide_columns, rounded, tiled
 
-LOG2E = math.log2(math.e)
-Accumulator = plgpu.WGMMAAccumulatorRef
 WARPGROUPS = 2  # that compute
 ROWS = KEYS // WARPGROUPS
 STAGES = 2  # tiles of Q and dO that shared memory holds
@@ -45,14 +42,12 @@ class Settings:
     """What is fixed when the kernel is compiled.
 
     heads: of those that share K and V, how many a block works through.
-    with_dq: else dK and dV alone.
     """
 
     problem: Problem
     heads: int
     alibi: str | None
     scale: float
-    with_dq: bool
     interpretable: bool
 
     @property
@@ -81,9 +76,8 @@ def gradients(inputs: dict[str, Any], settings: Settings, num_sms: int) -> dict[
     else:
         dkv = jax.ShapeDtypeStruct((settings.chunks, p.B, p.num_key_blocks * KEYS, p.K, p.H), jnp.float32)
     out_type = {"dk": dkv, "dv": dkv}
-    if settings.with_dq:
-        parts = (p.num_key_blocks,) if settings.interpretable else ()
-        out_type["dq"] = jax.ShapeDtypeStruct((*parts, p.B, p.T, p.N, p.H), jnp.float32)
+    parts = (p.num_key_blocks,) if settings.interpretable else ()
+    out_type["dq"] = jax.ShapeDtypeStruct((*parts, p.B, p.T, p.N, p.H), jnp.float32)
 
     def body(*arrays: Any, **smem: Any) -> None:
         _Block(settings, dict(zip([*inputs, *out_type], arrays)), smem).run()
@@ -102,15 +96,7 @@ def gradients(inputs: dict[str, Any], settings: Settings, num_sms: int) -> dict[
     return dict(zip(out_type, outputs))
 
 
-def tiled(*shape: int, dtype: Any) -> Any:
-    """Shared memory as copies fill it and the tensor cores read it: in tiles of 8 rows of 128 bytes."""
-    tile = (8, 128 // jnp.dtype(dtype).itemsize)
-    transforms = plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 def _scratch(settings: Settings, dtype: Any) -> dict[str, Any]:
-
     queries, H = settings.problem.queries, settings.problem.H
     scratch = {
         "q_smem": tiled(STAGES, queries, H, dtype=dtype),
@@ -121,14 +107,12 @@ def _scratch(settings: Settings, dtype: Any) -> dict[str, Any]:
         "kv_full": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+        "ds_smem": tiled(2, KEYS, queries, dtype=dtype),
+        "ds_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
+        "dq_smem": tiled(STORERS, queries, H, dtype=jnp.float32),
+        "dq_full": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STORERS),
+        "dq_free": plgpu.Barrier(num_barriers=STORERS),
     }
-    if settings.with_dq or settings.interpretable:
-        scratch["ds_smem"] = tiled(2, KEYS, queries, dtype=dtype)
-    if settings.with_dq:
-        scratch["dq_smem"] = tiled(STORERS, queries, H, dtype=jnp.float32)
-        scratch["ds_full"] = plgpu.Barrier(num_arrivals=WARPGROUPS)
-        scratch["dq_full"] = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STORERS)
-        scratch["dq_free"] = plgpu.Barrier(num_barriers=STORERS)
     if settings.interpretable:
         scratch["p_smem"] = tiled(KEYS, queries, dtype=dtype)
     return scratch
@@ -200,15 +184,14 @@ class _Block:
             # Registers of a thread: 504 to share out among three warpgroups.
             plgpu.set_max_registers(24, action="decrease")
             turns = None
-            if self.settings.with_dq and not self.settings.interpretable:
+            if not self.settings.interpretable:
                 p = self.problem
                 turns = pl.get_global(plgpu.SemaphoreType.REGULAR((p.B, p.N, p.num_query_tiles)))
 
             @plgpu.warp_map
             def _each_warp(warp):
                 pl.when(warp == 0)(self.load)
-                if self.settings.with_dq:
-                    pl.when((warp >= 1) & (warp <= STORERS))(lambda: self.store_dq(warp - 1, turns))
+                pl.when((warp >= 1) & (warp <= STORERS))(lambda: self.store_dq(warp - 1, turns))
 
         @pl.when(warpgroup < WARPGROUPS)
         def _compute():
@@ -315,16 +298,15 @@ class _Warpgroup:
             return dk_acc[...], dv_acc[...]
 
         dk, dv = pl.run_scoped(accumulate, *[Accumulator((ROWS, self.H), jnp.float32)] * 2)
-        if self.settings.with_dq:
 
-            @pl.when(work.num_steps > 0)
-            def _last():
-                plgpu.barrier_wait(smem["ds_full"])
-                self.hand_over_dq(self.multiply_dq(work.num_steps - 1), work.num_steps - 1)
-
-            # Now the other warpgroup, too, has read all of K, and dK may take its place.
-            plgpu.barrier_arrive(smem["ds_full"])
+        @pl.when(work.num_steps > 0)
+        def _last():
             plgpu.barrier_wait(smem["ds_full"])
+            self.hand_over_dq(self.multiply_dq(work.num_steps - 1), work.num_steps - 1)
+
+        # Now the other warpgroup, too, has read all of K, and dK may take its place.
+        plgpu.barrier_arrive(smem["ds_full"])
+        plgpu.barrier_wait(smem["ds_full"])
         self.store(dk * self.settings.scale, dv)
 
     def step(self, work: _Work, step: _Step, slot: Any, dk_acc: Any, dv_acc: Any) -> Any:
@@ -339,23 +321,18 @@ class _Warpgroup:
             plgpu.commit_smem()
             p_operand, ds_operand = smem["p_smem"].at[mine], smem["ds_smem"].at[parity, mine]
         plgpu.wgmma(dv_acc, p_operand, smem["dout_smem"].at[slot])
-        if self.settings.with_dq:
-            # The other warpgroup has written its half of the dS before, and no longer reads the one before that.
-            pl.when(step.count > 0)(lambda: plgpu.barrier_wait(smem["ds_full"]))
-        if "ds_smem" in smem:
-            smem["ds_smem"][parity, mine] = ds
-            plgpu.commit_smem()
+        # The other warpgroup has written its half of the dS before, and no longer reads the one before that.
+        pl.when(step.count > 0)(lambda: plgpu.barrier_wait(smem["ds_full"]))
+        smem["ds_smem"][parity, mine] = ds
+        plgpu.commit_smem()
 
         def multiply_dk():
             plgpu.wgmma(dk_acc, ds_operand, smem["q_smem"].at[slot])
 
-        if self.settings.with_dq:
-            # In the first step there is none before: what comes out then goes nowhere.
-            dq = self.multiply_dq(step.count - 1, meanwhile=multiply_dk)
-            pl.when(step.count > 0)(lambda: self.hand_over_dq(dq, step.count - 1))
-            plgpu.barrier_arrive(smem["ds_full"])
-        else:
-            multiply_dk()
+        # In the first step there is none before: what comes out then goes nowhere.
+        dq = self.multiply_dq(step.count - 1, meanwhile=multiply_dk)
+        pl.when(step.count > 0)(lambda: self.hand_over_dq(dq, step.count - 1))
+        plgpu.barrier_arrive(smem["ds_full"])
         # Also because accumulators may be set only while no product is in flight.
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(smem["free"].at[slot], predicate=step.count + STAGES < work.num_steps)
@@ -483,9 +460,4 @@ def _key_bias(key: jax.Array, slope: Any, first_query: Any, alibi: str, scale: f
     """ALiBi by key position in units of q . k; of mode "float32" what is left without the part of a tile's queries."""
     if alibi == "float32":
         return slope * (key - first_query).astype(jnp.float32)
-
-    def rounded(x, to):
-        return x.astype(to).astype(jnp.float32)
-
-    product = rounded(rounded(slope, jnp.bfloat16) * rounded(key.astype(jnp.float32), jnp.bfloat16), jnp.bfloat16)
-    return rounded(product * scale, dtype) / scale
+    return hf_bf16_bias(slope, key.astype(jnp.float32), scale, dtype, rounded) / scale

@@ -16,7 +16,6 @@ Train Short, Test Long (2022), for ALiBi.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,12 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
+from pallas_kernels import compat, hopper
 from pallas_kernels.flash_attention import tiles
 from pallas_kernels.flash_attention.starts import scores_start
 
-LOG2E = math.log2(math.e)
-# Where maxima start: below any score, and so far above what is masked (starts.MASKED) that a tile wholly masked has
+# Where maxima start: below any score, and so far above what is masked (reference.MASKED) that a tile wholly masked has
 # weights of exactly zero.
 LOWEST_MAXIMUM = -1e20
 ROWS = 64  # queries of a warpgroup: the M of Hopper's matrix instruction
@@ -126,11 +124,7 @@ def _forward(q, k, v, query_offset, lengths, slopes, *, settings, num_sms):
     table, counts = work.schedule(min(num_sms, B * N * work.num_tiles))
     # Copies of tiles want the sequence axis in multiples of 8.
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (q, k, v))
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-
-    def tiled(*shape: int) -> Any:
-        return plgpu.SMEM(shape, q.dtype, transforms=transforms)
-
+    tiled = functools.partial(hopper.tiled, dtype=q.dtype)
     scratch = {
         "q_smem": tiled(W, ROWS, H),
         "k_smem": tiled(stages, keys, H),
@@ -290,7 +284,7 @@ class _Warpgroup:
         self.smem = block.smem
         self.q = self.smem["q_smem"].at[self.index]
         self.dtype = self.q.dtype
-        self.exponent_scale = self.settings.scale * LOG2E
+        self.exponent_scale = self.settings.scale * hopper.LOG2E
         self.num_warpgroups = block.blocks.warpgroups
         self.takes_turns = block.blocks.take_turns and self.num_warpgroups > 1
 
@@ -403,7 +397,7 @@ class _Warpgroup:
             total, p = state.total * alpha + p.sum(axis=1), p.astype(self.dtype)
         else:
             o, m, total, p = state
-            accumulator = plgpu.WGMMAAccumulatorRef.init
+            accumulator = hopper.Accumulator.init
             updated: Any = pl.run_state(products)((accumulator(start), accumulator(o), m, total, p, m))
             _, o, m, total, p, alpha = updated
         plgpu.barrier_arrive(smem["v_free"].at[slot])
@@ -425,19 +419,19 @@ class _Warpgroup:
             return accumulator[...] if self.settings.interpretable else None
 
         if not self.settings.interpretable:
-            return pl.run_state(issue)(plgpu.WGMMAAccumulatorRef.init(start))
+            return pl.run_state(issue)(hopper.Accumulator.init(start))
         if isinstance(a, jax.Array):
             p_smem = self.smem["p_smem"].at[self.index]
             p_smem[...] = a
             plgpu.commit_smem()
             a = p_smem
-        return start + pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef(start.shape, jnp.float32))
+        return start + pl.run_scoped(issue, hopper.Accumulator(start.shape, jnp.float32))
 
     def store(self, tile: _Tile, state: _Softmax) -> None:
         seen = state.total > 0  # at least 1 where any key was seen: the largest weight
         factor = jnp.where(seen, 1.0 / state.total, 0.0)
         out = (state.o * lax.broadcast_in_dim(factor, state.o.shape, [0])).astype(self.dtype)
-        lse = (state.m + jnp.log2(state.total)) * (1 / LOG2E)
+        lse = (state.m + jnp.log2(state.total)) * (1 / hopper.LOG2E)
         if self.settings.alibi == "float32":  # scores were counted from the first query's position, not their own
             row = plgpu.broadcasted_iota(jnp.float32, (ROWS,), 0, layout=PER_ROW)
             lse -= row * (self.slope(tile) * self.settings.scale)

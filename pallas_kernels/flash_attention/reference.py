@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-# Finite, so that a row with no visible key gives zeros below and not NaN (-inf minus -inf).
+# Of a hidden key. Finite, so that a row with no visible key gives zeros and not NaN (-inf minus -inf).
 MASKED = -1e30
 
 
@@ -39,10 +39,14 @@ def alibi_bias(
     if rounding == "float32":
         distance = (key_positions[None, None, :] - query_positions[:, :, None]).astype(jnp.float32)
         return slopes[None, :, None, None] * distance[:, None] * scale
-    product = (
-        _rounded(slopes, jnp.bfloat16)[:, None] * _rounded(key_positions.astype(jnp.float32), jnp.bfloat16)[None, :]
-    )
-    return _rounded(_rounded(product, jnp.bfloat16) * scale, dtype)[None, :, None, :]
+    bias = hf_bf16_bias(slopes[:, None], key_positions.astype(jnp.float32)[None, :], scale, dtype, _rounded)
+    return bias[None, :, None, :]
+
+
+def hf_bf16_bias(slope: Any, j: Any, scale: float, dtype: DTypeLike, rounded: Callable[[Any, DTypeLike], Any]) -> Any:
+    """The bias of float32 key positions `j`, scaled, as transformers rounds it. rounded(x, dtype): how that is done."""
+    product = rounded(rounded(slope, jnp.bfloat16) * rounded(j, jnp.bfloat16), jnp.bfloat16)
+    return rounded(product * scale, dtype)
 
 
 def _rounded(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:

@@ -3,25 +3,23 @@
 An accumulator has to be set to something. Zeros are free, and so nearly are the bias of each column, in units of q . k,
 and a large negative number where a key is hidden.
 
-On the GPU the values are computed here in registers with the column as an immediate operand. Written as array
-operations the compiler would keep each thread's 32 column numbers in registers across the whole kernel, which has none
-to spare; that form, below it, serves interpretation.
+On the GPU the values are computed in registers, an element at a time (`hopper.emit_by_column`); interpretation takes
+array operations.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, math, vector
+from jaxlib.mlir.dialects import arith, math
 
-# Of a hidden key. Finite: infinities would give NaN.
-MASKED = -1e30
+from pallas_kernels import hopper
+from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
 
 
 def scores_start(
@@ -61,16 +59,11 @@ def _as_arrays(rows, keys, alibi, slope, first_row, first_key, num_visible, scal
         bias = slope * (column + (first_key - first_row)).astype(jnp.float32)
     else:
         j = (column + first_key).astype(jnp.float32)
-        product = _rounded(_rounded(slope, jnp.bfloat16) * _rounded(j, jnp.bfloat16), jnp.bfloat16)
-        bias = _rounded(product * scale, dtype) / scale
+        bias = hf_bf16_bias(slope, j, scale, dtype, hopper.rounded) / scale
     bias = lax.broadcast_in_dim(bias, (rows, keys), [1])
     if num_visible is None:
         return bias
     return jnp.where(column[None, :] < num_visible[:, None], bias, MASKED)
-
-
-def _rounded(x: Any, dtype: DTypeLike) -> Any:
-    return x.astype(dtype).astype(jnp.float32)
 
 
 def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, scale, dtype):
@@ -79,7 +72,7 @@ def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, s
     if alibi == "float32":
         arguments = [slope, slope * (first_key - first_row).astype(jnp.float32)]
     elif alibi == "hf_bf16":
-        arguments = [_rounded(slope, jnp.bfloat16), first_key.astype(jnp.float32)]
+        arguments = [hopper.rounded(slope, jnp.bfloat16), first_key.astype(jnp.float32)]
     types: list[Any] = [scalar] * len(arguments)
     if num_visible is not None:
         arguments.append(num_visible)
@@ -92,29 +85,18 @@ def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, s
     def build(_, *given):
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
         given = list(given)
-        visible = (
-            given.pop().broadcast_in_dim((rows, keys), (0,), mgpu.WGMMA_LAYOUT) if num_visible is not None else None
-        )
-        # The first of a thread's columns: 0, 2, 4 or 6. Its others are 1, 8, 9, 16, 17, ... further.
-        lane = arith.muli(arith.remui(mgpu.thread_idx(), mgpu.c(4, i32)), mgpu.c(2, i32))
-        lane_f32 = arith.sitofp(f32, lane)
-        bias = _column_bias(alibi, [x.registers.item() for x in given], lane_f32, scale, dtype)
+        visible = None if num_visible is None else hopper.over_columns(given.pop(), (rows, keys))
+        lane = hopper.first_column()
+        bias = _column_bias(alibi, [x.registers.item() for x in given], arith.sitofp(f32, lane), scale, dtype)
 
-        layout = mgpu.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape((rows, keys)), dtype=object)
-        strides = layout.tiling.tile_strides((keys, 1))
-        for index in np.ndindex(registers.shape):
-            column = sum(i * stride for i, stride in zip(index, strides)) % keys
-            pair = []
-            for element in range(2):
-                value = bias(column + element)
-                if visible is not None:
-                    count = vector.extract(visible.registers[index], [], [element])
-                    seen = arith.cmpi(arith.CmpIPredicate.sgt, arith.subi(count, lane), mgpu.c(column + element, i32))
-                    value = arith.select(seen, value, mgpu.c(MASKED, f32))
-                pair.append(value)
-            registers[index] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        def emit(register, element, column):
+            if visible is None:
+                return bias(column)
+            count = arith.subi(hopper.element_of(visible, register, element), lane)
+            seen = arith.cmpi(arith.CmpIPredicate.sgt, count, mgpu.c(column, i32))
+            return arith.select(seen, bias(column), mgpu.c(MASKED, f32))
+
+        return hopper.emit_by_column((rows, keys), emit)
 
     return build(*arguments)
 

@@ -27,7 +27,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ class Report:
 
 
 class CompileError(Exception):
-    """The function could not be compiled; the message has the other process's traceback."""
+    """The function could not be compiled; the message has what the other process said, its traceback last."""
 
 
 class Compiler:
@@ -153,8 +152,6 @@ class Compiler:
             code, said = process.wait(), self._said_since(start)
             self.close()
             raise CompileError(f"the compiling process ended with {code}:\n{said}") from error
-        if isinstance(reply, str):
-            raise CompileError(reply)
         log = self._said_since(start)
         kernels, warnings = _read_ptxas(log)
         launch_configs, launches, temp_bytes, output_bytes = reply
@@ -229,7 +226,7 @@ def _joined(kernels: list[dict[str, Any]], launch_configs: list[tuple[str, int, 
 
 
 def serve() -> None:
-    """The other process's loop: pickled calls come in, and pickled facts (or a traceback) go out."""
+    """The other process's loop: pickled calls come in, pickled facts go out. What fails ends it, with a traceback."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything prints goes to the log
     libc = ctypes.CDLL(None)
@@ -244,10 +241,7 @@ def serve() -> None:
         os.environ.update(dict.fromkeys(names, "1"))
         # Mosaic's search for layouts can go on without end: then says where it is, and ends the process.
         faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
-        try:
-            reply = _compile(function, arguments, keywords, target)
-        except Exception:
-            reply = traceback.format_exc()
+        reply = _compile(function, arguments, keywords, target)
         faulthandler.cancel_dump_traceback_later()
         for name in names:
             del os.environ[name]

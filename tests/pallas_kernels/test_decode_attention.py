@@ -225,6 +225,8 @@ def test_where_there_is_no_hopper_gpu_the_floor_runs():
     with pytest.raises(NotImplementedError, match=r"mosaic.*needs a Hopper GPU"):
         decode_attention(**inputs, implementation="mosaic")
     np.testing.assert_array_equal(decode_attention(**inputs), decode_attention(**inputs, implementation="xla"))
+    with pytest.raises(NotImplementedError, match=r"cudnn.*not a cache"):
+        decode_attention(**inputs, implementation="cudnn")
 
 
 def test_where_there_is_one_the_kernel_runs_by_default():
@@ -243,7 +245,7 @@ def test_where_there_is_one_the_kernel_runs_by_default():
             "3 query heads cannot share 2",
         ),
         ({"alibi": "exact"}, "alibi='exact' is unknown"),
-        ({"implementation": "mosaik"}, "'mosaik' is unknown; known are mosaic, xla"),
+        ({"implementation": "mosaik"}, "'mosaik' is unknown; known are mosaic, cudnn, xla"),
         ({"q": jnp.zeros((3, 3, 64), jnp.bfloat16), "lengths": jnp.zeros(3, jnp.int32)}, "3 rows of queries"),
     ],
 )

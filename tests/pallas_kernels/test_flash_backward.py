@@ -11,8 +11,6 @@ from pallas_kernels.flash_attention.backward_order import KEYS, KeyOrder, Proble
 from pallas_kernels.flash_attention.reference import attention_xla_with_lse
 from tests.pallas_kernels.interpreted import interpreted
 
-TWO_PASSES = kernel.Blocks(one_pass=False)
-
 
 def differentiable(case, inputs):
     """(q, k, v) -> (output, log-sum-exp), plain."""
@@ -29,8 +27,8 @@ def reference(case, inputs, cotangents, dtype):
     return out, lse, pull_back((dout.astype(dtype), dlse))
 
 
-def draw_cotangents(case, with_dlse=False):
-    dout = jax.random.normal(jax.random.key(11), (case.B, case.T, case.N, case.H), case.dtype)
+def draw_cotangents(case, with_dlse=False, seed=11):
+    dout = jax.random.normal(jax.random.key(seed), (case.B, case.T, case.N, case.H), case.dtype)
     dlse = jax.random.normal(jax.random.key(12), (case.B, case.N, case.T)) * float(with_dlse)
     return dout, dlse
 
@@ -45,8 +43,8 @@ def arguments(case, inputs, out, lse, dout) -> tuple:
     return *qkv, out.astype(case.dtype), pad(lse), dout, *rest, case.scale
 
 
-def check(case, blocks=None, with_dlse=False):
-    inputs, cotangents = case.draw(), draw_cotangents(case, with_dlse)
+def check(case, blocks=None, with_dlse=False, seed=11):
+    inputs, cotangents = case.draw(), draw_cotangents(case, with_dlse, seed)
     out, lse, exact = reference(case, inputs, cotangents, jnp.float32)
     *_, same = reference(case, inputs, cotangents, case.dtype)
     dlse = pad(cotangents[1]) if with_dlse else None
@@ -74,13 +72,13 @@ def toy(*names):
     return [case for case in shapes.TOY_ATTENTION if case.name in names]
 
 
+@pytest.mark.xfail(raises=AssertionError, reason="delta comes from the output as rounded (benchmarks/LOG.md)")
 @pytest.mark.parametrize(
-    "case",
-    toy("grouped, past a tile of 128", "several tiles a block", "chunks at different places", "hf_bf16", "float16"),
-    ids=str,
+    "case", toy("shared, past a tile of 128", "grouped rows, one of them empty", "hf_bf16"), ids=str
 )
-def test_two_passes_give_the_same_gradients(case):
-    check(case, TWO_PASSES)
+def test_gradients_stay_within_twice_the_error_for_these_cotangents_too(case):
+    """Known to be missed, by up to 1.3 times, as for no other of the toy cases with this seed."""
+    check(case, seed=9)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])

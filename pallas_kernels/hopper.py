@@ -1,0 +1,90 @@
+"""What the kernels for Hopper have in common: how shared memory is laid out, and values by column in registers.
+
+A thread holds two neighbouring elements of an accumulator at a time, in columns 0, 2, 4 or 6 and every 8 further. Array
+operations on column numbers would make the compiler keep all of a thread's, 32 or 64, in registers across the whole
+kernel, which has none to spare. What depends on the column is therefore emitted here an element at a time, with the
+column as an immediate operand; the interpreter, which takes no such code, gets array operations.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+LOG2E = math.log2(math.e)  # exponentials are base 2
+Accumulator = plgpu.WGMMAAccumulatorRef
+
+
+def tiled(*shape: int, dtype: Any) -> Any:
+    """Shared memory as copies fill it and the tensor cores read it: in tiles of 8 rows of 128 bytes."""
+    tile = (8, 128 // jnp.dtype(dtype).itemsize)
+    transforms = plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def rounded(x: Any, dtype: DTypeLike) -> Any:
+    """float32 with the precision of `dtype`; inside a kernel, where no compiler drops a cast there and back."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
+def first_column() -> ir.Value:
+    """The first of a thread's columns: 0, 2, 4 or 6; int32. For use in `inline_mgpu`, as the rest below."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.muli(arith.remui(mgpu.thread_idx(), mgpu.c(4, i32)), mgpu.c(2, i32))
+
+
+def emit_by_column(shape: tuple[int, int], emit: Callable[[tuple[int, ...], int, int], ir.Value]) -> Any:
+    """An accumulator's float32 array whose elements are emit(register, element, column).
+
+    register, element: where a fragmented array of this shape and layout holds the element. column: counted from
+    `first_column`.
+    """
+    layout = mgpu.WGMMA_LAYOUT
+    registers = np.empty(layout.registers_shape(shape), dtype=object)
+    strides = layout.tiling.tile_strides((shape[1], 1))
+    for register in np.ndindex(registers.shape):
+        column = sum(i * stride for i, stride in zip(register, strides)) % shape[1]
+        pair = [emit(register, element, column + element) for element in range(2)]
+        registers[register] = vector.from_elements(ir.VectorType.get((2,), ir.F32Type.get()), pair)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def over_columns(per_row: Any, shape: tuple[int, int]) -> Any:
+    """A value a row, repeated over the columns of an accumulator's array."""
+    return per_row.broadcast_in_dim(shape, (0,), mgpu.WGMMA_LAYOUT)
+
+
+def element_of(x: Any, register: tuple[int, ...], element: int) -> ir.Value:
+    return vector.extract(x.registers[register], [], [element])
+
+
+def hide_columns(x: jax.Array, first_seen: jax.Array, value: float, *, interpretable: bool) -> jax.Array:
+    """float32 `x` [rows, columns] where column >= first_seen[row], else `value`; in the layout of an accumulator."""
+    rows, columns = x.shape
+    if interpretable:
+        return jnp.where(jnp.arange(columns, dtype=jnp.int32)[None, :] >= first_seen[:, None], x, value)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)),
+        return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def hide(_, x, first_seen):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        first_seen, lane = over_columns(first_seen, (rows, columns)), first_column()
+
+        def emit(register, element, column):
+            first = arith.subi(element_of(first_seen, register, element), lane)
+            seen = arith.cmpi(arith.CmpIPredicate.sle, first, mgpu.c(column, i32))
+            return arith.select(seen, element_of(x, register, element), mgpu.c(value, f32))
+
+        return emit_by_column((rows, columns), emit)
+
+    return hide(x, first_seen)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
