@@ -1,10 +1,10 @@
 """The decode kernel for Hopper: Pallas, Mosaic GPU.
 
 A step of decoding reads all of K and V once and computes next to nothing, so what counts is that every multiprocessor
-keeps enough copies in flight from the first microsecond on. Each block is one warpgroup that takes every n-th tile of
-keys of one row and KV head, with the next tiles on their way into shared memory, and keeps an online softmax for all
-query heads of that KV head at once. Then the blocks of a row and KV head meet, and each combines a part of the result:
-always in the order of the blocks, so the same inputs give the same bits.
+keeps enough copies in flight from the first microsecond on. Each warpgroup takes every n-th tile of keys of one row and
+KV head, with the next tiles on their way into shared memory, and keeps an online softmax for all query heads of its
+block at once. Then the warpgroups and blocks of a row and KV head combine what they have in one of two ways (cluster.py
+and grid.py): each a part of the result, and always in the same order, so the same inputs give the same bits.
 
 Heads are the columns of both products: the matrix instruction works on 64 rows and any multiple of 8 columns, so 71
 heads cost as much as 72.
@@ -12,7 +12,6 @@ heads cost as much as 72.
     scores [keys, heads] = K tile [keys, H] @ q^T [H, heads]
     sums   [H, heads]   += V tile^T [H, keys] @ weights [keys, heads]
 
-How many blocks share a row depends on its length, not on the cache's capacity: those without a tile leave at once.
 What a dead slot of the cache holds is multiplied by a weight of zero, so it may be anything but infinity or NaN.
 
 Letters as everywhere (B S N K G H); base-2 exponentials throughout, scores scaled by log2(e).
@@ -20,32 +19,29 @@ Source: Dao et al., Flash-Decoding for long-context inference (2023), for the sp
 Long (2022), for ALiBi.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
+from pallas_kernels.decode_attention import cluster, grid
+from pallas_kernels.decode_attention.cluster import MATRIX, PER_HEAD
 from pallas_kernels.decode_attention.plan import MAX_HEADS, PAGE, Plan, Shape, default_plan
 from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
 from pallas_kernels.hopper import LOG2E, rounded, tiled
 
 # Registers of the matrix instruction's results; of one value a head (a column of it), and of one a key (a row of it).
-MATRIX = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-PER_HEAD = MATRIX.reduce(0)
 PER_KEY = MATRIX.reduce(1)
 # 8 heads of 64 elements, four to a thread: what a copy within shared memory goes by.
 QUERIES = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-# Results of several blocks [blocks, 8 heads, some of H]: a warp takes every fourth, a thread two numbers of a head.
-PARTIALS = plgpu.Layout.TILED(plgpu.Tiling(((4, 8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def reason_against(q: Array, keys: Array, scale: float) -> str | None:
@@ -118,170 +114,236 @@ def _launch(
     plan = plan or default_plan(shape, num_sms)
     if not interpretable:
         shape.check(plan, num_sms)
-    # The interpreter has no semaphores, but clusters.
-    by_cluster = plan.meeting == "cluster" or interpretable
+    # The interpreter has no semaphores, but clusters; and results go through memory there.
+    by_cluster = plan.splits > 1 and (plan.meeting == "cluster" or interpretable)
+    through_memory = (plan.splits > 1 and plan.meeting == "grid") or interpretable
+    W, heads, head_blocks = plan.warpgroups, shape.heads(plan), shape.head_blocks(plan)
+    has_slopes = slopes is not None and shape.G > 1
 
     smem = functools.partial(tiled, dtype=q.dtype)
     pages_per_tile = 1 if page_table is None else plan.keys // PAGE
     scratch = {
-        "k_smem": smem(plan.stages, plan.keys, H),
-        "v_smem": smem(plan.stages, plan.keys, H),
-        "q_smem": smem(shape.heads, H),
-        "q_full": plgpu.Barrier(num_arrivals=2 if slopes is not None and shape.G > 1 else 1),
-        "k_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=plan.stages),
-        "v_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=plan.stages),
+        "k_smem": smem(W, plan.stages, plan.keys, H),
+        "v_smem": smem(W, plan.stages, plan.keys, H),
+        "q_smem": smem(heads, H),
+        "q_full": plgpu.Barrier(num_arrivals=2 if has_slopes else 1),
+        "k_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
+        "v_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
+        "plain_smem": plgpu.SMEM((heads, 1, H), q.dtype),
+        "p_smem": smem(W, heads, plan.keys),
     }
-    # Never needed at the same time: queries as they come in and results as they go out, and the weights of a tile.
-    passing = [plgpu.SMEM((shape.heads, 1, H), q.dtype), smem(shape.heads, plan.keys)]
-    if slopes is not None and shape.G > 1:
-        scratch["slope_smem"] = plgpu.SMEM((shape.heads,), jnp.float32)
+    if W > 1:
+        scratch["gathered"] = plgpu.Barrier(num_arrivals=W)
+    if has_slopes:
+        scratch["slope_smem"] = plgpu.SMEM((heads,), jnp.float32)
+    if not interpretable:
+        scratch["reduction_smem"] = plgpu.SMEM((W, 2, heads, 4), jnp.float32)
     grouped = jax.ShapeDtypeStruct((B, K, shape.G, 1, H), q.dtype)
-    out_type = [grouped]
-    units = _units(shape, plan)
-    if plan.splits > 1:
-        largest_chunk, _ = units[-1]
-        partials = (B, K * shape.head_blocks, -(-plan.splits // largest_chunk) * largest_chunk, shape.heads)
-        out_type += [jax.ShapeDtypeStruct((*partials, *rest), jnp.float32) for rest in ((H,), (), ())]
-        passing += [plgpu.SMEM((8, 1, rows), q.dtype) for _, rows in units]
+    outputs = {"out": grouped}
+    num_streams = plan.splits * W
+    if num_streams > 1 and through_memory:
+        outputs |= grid.outputs(shape, plan)
+        scratch["units_smem"] = [plgpu.SMEM((8, 1, rows), q.dtype) for _, rows in grid.units(H, num_streams)]
         if by_cluster:
-            scratch["met"] = plgpu.ClusterBarrier(collective_axes=("split",))
-    scratch["passing_smem"] = plgpu.RefUnion(*passing)
-    kv = K * shape.head_blocks
+            scratch["met"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=W)
+    elif num_streams > 1:
+        scratch["exchange"] = cluster.Exchange(H, heads, W, plan.splits).buffers()
+    kv = K * head_blocks
     if by_cluster:
-        grid = {"grid": (B, kv), "grid_names": ("row", "kv"), "cluster": (plan.splits,), "cluster_names": ("split",)}
+        blocks = {"grid": (B, kv), "grid_names": ("row", "kv"), "cluster": (plan.splits,), "cluster_names": ("split",)}
     else:
-        grid = {"grid": (B, plan.splits, kv), "grid_names": ("row", "split", "kv")}
+        blocks = {"grid": (B, plan.splits, kv), "grid_names": ("row", "split", "kv")}
 
     if slopes is not None and K > 1 and shape.G > 1 and shape.G % 4:
         # Copies begin at multiples of 16 bytes.
-        padding = shape.head_blocks * shape.heads - shape.G
+        padding = head_blocks * heads - shape.G
         slopes = jnp.pad(slopes.reshape(K, shape.G), ((0, 0), (0, padding))).reshape(-1)
-    optional = {"slope_ref": slopes, "table_ref": page_table}
-    names = [name for name, value in optional.items() if value is not None]
-    kernel = functools.partial(
-        _kernel, shape=shape, plan=plan, units=units, alibi=alibi, scale=scale, interpretable=interpretable
-    )
+    inputs = {"q": q.reshape(grouped.shape), "k": keys, "v": values, "lengths": lengths}
+    inputs |= {name: x for name, x in {"slopes": slopes, "table": page_table}.items() if x is not None}
+    settings = _Settings(shape, plan, alibi, scale, interpretable)
 
-    def body(q_ref, k_ref, v_ref, length_ref, *rest, **smem_refs):
-        given = dict(zip(names, rest))
-        kernel(q_ref, k_ref, v_ref, length_ref, *rest[len(names) :], **given, **smem_refs)
+    def body(*arrays: Any, **smem: Any) -> None:
+        _Warpgroup(settings, dict(zip([*inputs, *outputs], arrays)), smem).run()
 
     out, *_ = plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=tuple(outputs.values()),
         scratch_types=scratch,
-        num_threads=1,
+        num_threads=W,
         thread_name="warpgroup",
         kernel_name="decode_attention",
-        # A KiB for each 8 heads lets the maximum over a tile's keys cross the warps in one go.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=max(2048, 128 * shape.heads)),
-        **grid,
-    )(q.reshape(grouped.shape), keys, values, lengths, *(optional[name] for name in names))
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16384 if through_memory else 0),
+        **blocks,
+    )(*inputs.values())
     return out.reshape(q.shape)
 
 
-def _kernel(
-    q_ref: Any, k_ref: Any, v_ref: Any, length_ref: Any,
-    out_ref: Any, sums_ref: Any = None, maxima_ref: Any = None, totals_ref: Any = None,
-    *, slope_ref: Any = None, table_ref: Any = None,
-    k_smem: Any, v_smem: Any, q_smem: Any, passing_smem: Any, slope_smem: Any = None,
-    q_full: Any, k_full: Any, v_full: Any, met: Any = None,
-    shape: Shape, plan: Plan, units: Sequence[tuple[int, int]], alibi: str, scale: float, interpretable: bool,
-):  # fmt: skip
-    plain_smem, p_smem, *units_smem = passing_smem
-    H, heads, num_keys = shape.H, shape.heads, plan.keys
-    dtype = q_smem.dtype
-    exponent_scale = scale * LOG2E
-    row, pair, split = lax.axis_index("row"), lax.axis_index("kv"), lax.axis_index("split")
-    kv_head = lax.div(pair, jnp.int32(shape.head_blocks))
-    first_head = lax.rem(pair, jnp.int32(shape.head_blocks)) * heads  # of the KV head's
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What a kernel is compiled for, beside its arrays."""
 
-    length = jnp.minimum(length_ref[row], shape.capacity)
-    num_tiles = pl.cdiv(length, num_keys)
-    num_active = jnp.clip(num_tiles, 1, plan.splits)  # blocks that share this row: those with a tile, or the first
-    num_mine = pl.cdiv(num_tiles - split, num_active)
+    shape: Shape
+    plan: Plan
+    alibi: str
+    scale: float
+    interpretable: bool
 
-    def first_key(i):
-        """Position of the first key of this block's i-th tile."""
-        return (split + i * num_active) * num_keys
 
-    def slot(i):
-        return lax.rem(i, jnp.int32(plan.stages))
+class _Warpgroup:
+    """One warpgroup of a block. `arrays` in device memory and `smem` by name, barriers among the latter."""
 
-    def copy_tile(ref, smem, full, i):
-        target, barrier = smem.at[slot(i)], full.at[slot(i)]
-        if table_ref is None:
-            plgpu.copy_gmem_to_smem(ref.at[row, pl.ds(first_key(i), num_keys), kv_head], target, barrier)
+    def __init__(self, settings: _Settings, arrays: dict[str, Any], smem: dict[str, Any]):
+        self.settings, self.arrays, self.smem = settings, arrays, smem
+        self.shape, self.plan = settings.shape, settings.plan
+        self.heads, head_blocks = self.shape.heads(self.plan), self.shape.head_blocks(self.plan)
+        self.dtype = smem["q_smem"].dtype
+        self.exponent_scale = settings.scale * LOG2E
+        self.row, self.pair, self.split = (lax.axis_index(name) for name in ("row", "kv", "split"))
+        self.index = lax.axis_index("warpgroup")
+        self.kv_head = lax.div(self.pair, jnp.int32(head_blocks))
+        self.first_head = lax.rem(self.pair, jnp.int32(head_blocks)) * self.heads  # of the KV head's
+        # Copies into the order that the matrix instruction reads come 8 rows at a time, and 71 heads do not.
+        self.takes_rows_of_8 = self.shape.G % 8 == 0
+        # Tiles are dealt out to all warpgroups of all blocks, one each and then from the first again.
+        self.exchange = cluster.Exchange(self.shape.H, self.heads, self.plan.warpgroups, self.plan.splits)
+        self.num_streams = self.plan.splits * self.plan.warpgroups
+        self.stream = self.index * self.plan.splits + self.split
+
+    def run(self) -> None:
+        # The first tile is the same whatever the row's length is, and need not wait for that; of pages it does.
+        early = self.arrays.get("table") is None
+        has_first = self.stream * self.plan.keys < self.shape.capacity
+        length = jnp.minimum(self.arrays["lengths"][self.row], self.shape.capacity)
+        pl.when(self.index == 0)(self.copy_queries)
+        if early:
+            pl.when(has_first)(lambda: self.copy_tile(jnp.int32(0), None))
+        if "exchange" in self.smem:
+            self.exchange.open(self.smem["exchange"], self.index, self.split)
+        num_tiles = pl.cdiv(length, self.plan.keys)
+        num_mine = pl.cdiv(num_tiles - self.stream, self.num_streams)
+        for n in range(1 if early else 0, self.plan.stages):
+            pl.when(n < num_mine)(functools.partial(self.copy_tile, jnp.int32(n), length))
+        self.take_queries()
+
+        results = self.attend(length, num_mine)
+        if early:
+
+            @pl.when((num_mine <= 0) & has_first)
+            def _wait_for_copies():  # which must not outlive the block
+                plgpu.barrier_wait(self.smem["k_full"].at[self.barrier(0)])
+                plgpu.barrier_wait(self.smem["v_full"].at[self.barrier(0)])
+
+        if self.num_streams == 1:
+            self.store(*results)
+        elif "exchange" in self.smem:
+            self.combine_in_cluster(*results)
+        else:
+            grid.combine(self, num_tiles, results)
+
+    # Copies
+
+    def copy_queries(self) -> None:
+        heads = pl.ds(self.first_head, self.heads)
+        q = self.arrays["q"].at[self.row, self.kv_head, heads]
+        if self.takes_rows_of_8:
+            q, target = q.at[:, 0], self.smem["q_smem"]
+        else:
+            target = self.smem["plain_smem"]
+        plgpu.copy_gmem_to_smem(q, target, self.smem["q_full"])
+        if "slope_smem" in self.smem:
+            slopes = self.arrays["slopes"]
+            start = self.kv_head * (slopes.shape[0] // self.shape.K) + self.first_head
+            plgpu.copy_gmem_to_smem(slopes.at[pl.ds(start, self.heads)], self.smem["slope_smem"], self.smem["q_full"])
+
+    def take_queries(self) -> None:
+        """Waits for the queries, and moves them into the order that the matrix instruction reads."""
+        plgpu.barrier_wait(self.smem["q_full"])
+        if self.takes_rows_of_8:
             return
-        for part in range(num_keys // PAGE):
+
+        @pl.when(self.index == 0)
+        def _move():
+            self.smem["q_smem"][...] = plgpu.load(self.smem["plain_smem"].at[:, 0], layout=QUERIES, optimized=False)
+            plgpu.commit_smem()
+
+        self.gather()
+
+    def gather(self) -> None:
+        """Returns when all warpgroups of the block have come here."""
+        if self.plan.warpgroups > 1:
+            plgpu.barrier_arrive(self.smem["gathered"])
+            plgpu.barrier_wait(self.smem["gathered"])
+
+    def first_key(self, n: Any) -> Any:
+        """Position of the first key of this warpgroup's n-th tile."""
+        return (self.stream + n * self.num_streams) * self.plan.keys
+
+    def slot(self, n: Any) -> Any:
+        return lax.rem(n, jnp.int32(self.plan.stages))
+
+    def barrier(self, slot: Any) -> Any:
+        return self.index * self.plan.stages + slot
+
+    def copy_tile(self, n: Any, length: Any) -> None:
+        self.copy_part("k", n, length)
+        self.copy_part("v", n, length)
+
+    def copy_part(self, name: str, n: Any, length: Any) -> None:
+        """Starts the copy of this warpgroup's n-th tile of K or V."""
+        source, slot = self.arrays[name], self.slot(n)
+        target = self.smem[f"{name}_smem"].at[self.index, slot]
+        full = self.smem[f"{name}_full"].at[self.barrier(slot)]
+        if "table" not in self.arrays:
+            tile = source.at[self.row, pl.ds(self.first_key(n), self.plan.keys), self.kv_head]
+            plgpu.copy_gmem_to_smem(tile, target, full)
+            return
+        for part in range(self.plan.keys // PAGE):
             # A page past the row's last is not followed: the last one stands in, and is masked.
-            index = jnp.minimum(lax.div(first_key(i), PAGE) + part, lax.div(length - 1, PAGE))
-            page = table_ref[row, index]
-            plgpu.copy_gmem_to_smem(ref.at[page, :, kv_head], target.at[pl.ds(part * PAGE, PAGE)], barrier)
+            index = jnp.minimum(lax.div(self.first_key(n), PAGE) + part, lax.div(length - 1, PAGE))
+            page = self.arrays["table"][self.row, index]
+            plgpu.copy_gmem_to_smem(source.at[page, :, self.kv_head], target.at[pl.ds(part * PAGE, PAGE)], full)
 
-    def attend():
-        """Softmax over this block's tiles: sums of V, maxima of the exponents, totals of the weights."""
-        plgpu.copy_gmem_to_smem(q_ref.at[row, kv_head, pl.ds(first_head, heads)], plain_smem, q_full)
-        if slope_smem is not None:
-            start = kv_head * (slope_ref.shape[0] // shape.K) + first_head
-            plgpu.copy_gmem_to_smem(slope_ref.at[pl.ds(start, heads)], slope_smem, q_full)
-        for i in range(plan.stages):
-            pl.when(i < num_mine)(functools.partial(copy_tile, k_ref, k_smem, k_full, jnp.int32(i)))
-            pl.when(i < num_mine)(functools.partial(copy_tile, v_ref, v_smem, v_full, jnp.int32(i)))
+    # Attention
 
-        # Copied plainly and moved into the order that the matrix instruction reads, because copies into that order
-        # come 8 rows at a time, and 71 heads do not.
-        plgpu.barrier_wait(q_full)
-        q_smem[...] = plgpu.load(plain_smem.at[:, 0], layout=QUERIES, optimized=False)
-        plgpu.commit_smem()
+    def attend(self, length: Any, num_mine: Any) -> tuple[Any, Any, Any]:
+        """Softmax over this warpgroup's tiles: sums of V, maxima of the exponents, totals of the weights."""
+        H, heads, num_keys = self.shape.H, self.heads, self.plan.keys
         slope: Any = None
-        if slope_smem is not None:
-            slope = plgpu.load(slope_smem, layout=PER_HEAD)
-        elif slope_ref is not None:
-            slope = _filled((heads,), slope_ref[kv_head], PER_HEAD)
+        if "slope_smem" in self.smem:
+            slope = plgpu.load(self.smem["slope_smem"], layout=PER_HEAD)
+        elif "slopes" in self.arrays:
+            slope = _filled((heads,), self.arrays["slopes"][self.kv_head], PER_HEAD)
+        p_smem = self.smem["p_smem"].at[self.index]
 
-        def bias(dims, j):
-            """ALiBi of the keys at positions j, in units of the exponents."""
-            if alibi == "float32":
-                distance = (j - (length - 1)).astype(jnp.float32)
-                return _over_heads(distance, dims) * _over_keys(slope * exponent_scale, dims)
-            positions = _over_heads(j.astype(jnp.float32), dims)
-            return hf_bf16_bias(_over_keys(slope, dims), positions, scale, dtype, rounded) * LOG2E
-
-        def exponents(s, i):
-            """Scores q . k of a tile to base-2 exponents, biased and masked."""
-            x = s * exponent_scale
-            if slope is not None:
-                x += bias(s.shape, plgpu.broadcasted_iota(jnp.int32, (num_keys,), 0, layout=PER_KEY) + first_key(i))
-            j = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=MATRIX) + first_key(i)
-            return jnp.where(j < length, x, MASKED)
-
-        def step(i, carry):
+        def step(n, carry):
             sums, maxima, totals = carry
-            plgpu.barrier_wait(k_full.at[slot(i)])
+            slot = self.slot(n)
+            k, v = (self.smem[name].at[self.index, slot] for name in ("k_smem", "v_smem"))
+            plgpu.barrier_wait(self.smem["k_full"].at[self.barrier(slot)])
 
             def scores(accumulator):
-                plgpu.wgmma(accumulator, k_smem.at[slot(i)], q_smem.transpose((1, 0)))
+                plgpu.wgmma(accumulator, k, self.smem["q_smem"].transpose((1, 0)))
                 return accumulator[...]
 
-            x = exponents(pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((num_keys, heads), jnp.float32)), i)
-            new_maxima = plgpu.layout_cast(jnp.maximum(maxima, x.max(axis=0)), PER_HEAD)
+            s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((num_keys, heads), jnp.float32))
+            x = self.exponents(s, self.first_key(n), length, slope)
+            new_maxima = jnp.maximum(maxima, self.over_keys("max", x, lax.rem(n, jnp.int32(2))))
             # The maximum has brought all warps here: none still reads this tile of K, or the V of the tile before.
-            pl.when(i + plan.stages < num_mine)(lambda: copy_tile(k_ref, k_smem, k_full, i + plan.stages))
-            refill_v = (i > 0) & (i - 1 + plan.stages < num_mine)
-            pl.when(refill_v)(lambda: copy_tile(v_ref, v_smem, v_full, i - 1 + plan.stages))
+            pl.when(n + self.plan.stages < num_mine)(lambda: self.copy_part("k", n + self.plan.stages, length))
+            refill_v = (n > 0) & (n - 1 + self.plan.stages < num_mine)
+            pl.when(refill_v)(lambda: self.copy_part("v", n - 1 + self.plan.stages, length))
 
             p = jnp.exp2(x - _over_keys(new_maxima, x.shape))
             factor = jnp.exp2(maxima - new_maxima)
             totals *= _over_keys(factor, totals.shape)
             for first in range(0, num_keys, 64):
                 totals += p[first : first + 64]
-            p_smem.transpose((1, 0))[...] = p.astype(dtype)
+            p_smem.transpose((1, 0))[...] = p.astype(self.dtype)
             plgpu.commit_smem()
-            plgpu.barrier_wait(v_full.at[slot(i)])
+            plgpu.barrier_wait(self.smem["v_full"].at[self.barrier(slot)])
 
             def weigh(accumulator):
-                plgpu.wgmma(accumulator, v_smem.at[slot(i)].transpose((1, 0)), p_smem.transpose((1, 0)))
+                plgpu.wgmma(accumulator, v.transpose((1, 0)), p_smem.transpose((1, 0)))
                 return accumulator[...]
 
             sums *= _over_keys(factor, sums.shape)
@@ -291,112 +353,59 @@ def _kernel(
         # Totals stay apart by row of a tile until the end: adding those up costs more than adding tiles up.
         empty = _filled((H, heads), 0.0, MATRIX), _filled((heads,), MASKED, PER_HEAD), _filled((64, heads), 0.0, MATRIX)
         sums, maxima, totals = lax.fori_loop(0, num_mine, step, empty)
-        return sums, maxima, totals.sum(axis=0)
+        parity = lax.rem(jnp.maximum(num_mine, 0), jnp.int32(2))
+        return sums, maxima, self.over_keys("add", totals, parity)
 
-    def store(sums, totals):
+    def exponents(self, s: Any, first_key: Any, length: Any, slope: Any) -> Any:
+        """Scores q . k of a tile to base-2 exponents, biased and masked."""
+        x = s * self.exponent_scale
+        if slope is not None:
+            key = plgpu.broadcasted_iota(jnp.int32, (self.plan.keys,), 0, layout=PER_KEY) + first_key
+            x += self.bias(key, length, slope, s.shape)
+        key = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=MATRIX) + first_key
+        return jnp.where(key < length, x, MASKED)
+
+    def bias(self, key: Any, length: Any, slope: Any, dims: tuple[int, int]) -> Any:
+        """ALiBi of the keys at these positions, in units of the exponents."""
+        if self.settings.alibi == "float32":
+            distance = (key - (length - 1)).astype(jnp.float32)
+            return _over_heads(distance, dims) * _over_keys(slope * self.exponent_scale, dims)
+        positions = _over_heads(key.astype(jnp.float32), dims)
+        return hf_bf16_bias(_over_keys(slope, dims), positions, self.settings.scale, self.dtype, rounded) * LOG2E
+
+    def over_keys(self, operation: str, x: Any, parity: Any) -> Any:
+        if self.settings.interpretable:
+            return x.max(axis=0) if operation == "max" else x.sum(axis=0)
+        return cluster.over_keys(operation, x, self.smem["reduction_smem"].at[self.index], parity)
+
+    def store(self, sums: Any, _: Any, totals: Any) -> None:
+        """Writes the result where nobody else has a part in it."""
         factor = jnp.where(totals > 0.0, 1.0 / totals, 0.0)
-        sums = plgpu.layout_cast((sums * _over_keys(factor, sums.shape)).astype(dtype), TRANSPOSED)
+        sums = plgpu.layout_cast((sums * _over_keys(factor, sums.shape)).astype(self.dtype), TRANSPOSED)
+        plain_smem = self.smem["plain_smem"]
         plain_smem.at[:, 0].transpose((1, 0))[...] = sums
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(plain_smem, out_ref.at[row, kv_head, pl.ds(first_head, heads)])
+        heads = pl.ds(self.first_head, self.heads)
+        plgpu.copy_smem_to_gmem(plain_smem, self.arrays["out"].at[self.row, self.kv_head, heads])
         plgpu.wait_smem_to_gmem(0)
 
-    def publish(sums, maxima, totals):
-        """Leaves this block's results where the others find them."""
-        sums_ref.at[row, pair, split].transpose((1, 0))[...] = plgpu.layout_cast(sums, TRANSPOSED)
-        _store(maxima_ref.at[row, pair, split], maxima)
-        _store(totals_ref.at[row, pair, split], totals)
-        if not interpretable:
-            _fence()
-
-    def meet():
-        """Returns when all blocks of this row and KV head have published."""
-        if met is not None:
-            plgpu.barrier_arrive(met)
-            plgpu.barrier_wait(met)
+    def combine_in_cluster(self, sums: Any, maxima: Any, totals: Any) -> None:
+        """Combines results through the shared memory of the blocks: within each, then among them."""
+        exchange, smem = self.exchange, self.smem["exchange"]
+        exchange.wait_for_all_open()
+        if self.plan.warpgroups == 1:
+            exchange.send(smem, self.split, sums, maxima, totals)
         else:
-            semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((shape.pairs,)))
-            semaphore = semaphores.at[row * (shape.K * shape.head_blocks) + pair]
-
-            @pl.when((num_active > 1) & (split < num_active))
-            def _meet():
-                plgpu.semaphore_signal(semaphore, memory_scope="gpu")
-                plgpu.semaphore_wait(semaphore, num_active, decrement=False, memory_scope="gpu")
-
-    def combine(chunk: int, rows: int, unit_smem):
-        """This block's share of the result: units of 8 heads by `rows` of H, from `chunk` blocks' results at a time."""
-        head_units = heads // 8
-
-        def combine_unit(i, carry):
-            u = split + i * num_active
-            head = lax.rem(u, jnp.int32(head_units)) * 8
-            these_heads = pl.ds(head, 8)
-            these_rows = pl.ds(lax.div(u, jnp.int32(head_units)) * rows, rows)
-
-            def add(c, carry):
-                sums, maxima, totals = carry
-                at = (row, pair, pl.ds(c * chunk, chunk), these_heads)
-
-                def load(ref, layout, dead: float):
-                    """What blocks have published, `dead` for those that are none."""
-                    x = plgpu.load(ref, layout=layout, optimized=False)
-                    block = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout) + c * chunk
-                    return jnp.where(block < num_active, x, dead)
-
-                their_maxima = load(maxima_ref.at[at], PARTIALS.reduce(2), MASKED)
-                their_totals = load(totals_ref.at[at], PARTIALS.reduce(2), 0.0)
-                their_sums = load(sums_ref.at[*at, these_rows], PARTIALS, 0.0)
-                new_maxima = jnp.maximum(maxima, their_maxima.max(axis=0))
-                weights = jnp.exp2(their_maxima - lax.broadcast_in_dim(new_maxima, their_maxima.shape, [1]))
-                factor = jnp.exp2(maxima - new_maxima)
-                totals = totals * factor + (their_totals * weights).sum(axis=0)
-                weighted = their_sums * lax.broadcast_in_dim(weights, their_sums.shape, [0, 1])
-                sums = sums * lax.broadcast_in_dim(factor, sums.shape, [0]) + weighted.sum(axis=0)
-                return sums, new_maxima, totals
-
-            of_a_head = PARTIALS.reduce(2).reduce(0)
-            empty = (
-                _filled((8, rows), 0.0, PARTIALS.reduce(0)),
-                _filled((8,), MASKED, of_a_head),
-                _filled((8,), 0.0, of_a_head),
-            )
-            sums, _, totals = lax.fori_loop(0, pl.cdiv(num_active, chunk), add, empty)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            unit_smem.at[:, 0][...] = (sums * lax.broadcast_in_dim(1.0 / totals, sums.shape, [0])).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(unit_smem, out_ref.at[row, kv_head, pl.ds(first_head + head, 8), :, these_rows])
-            return carry
-
-        num_units = head_units * (H // rows)
-        lax.fori_loop(0, pl.cdiv(num_units - split, num_active), combine_unit, None)
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(split < num_active)
-    def _attend():
-        sums, maxima, totals = attend()
-        if plan.splits == 1:
-            store(sums, totals)
+            exchange.leave(smem, self.index, sums, maxima, totals)
+            self.gather()
+            exchange.send_merged(smem, self.index, self.split)
+        if self.plan.splits > 1:
+            exchange.wait_for_all_sent(smem)
         else:
-            pl.when(num_active == 1)(lambda: store(sums, totals))
-            pl.when(num_active > 1)(lambda: publish(sums, maxima, totals))
-
-    if plan.splits > 1:
-        meet()
-        fewer = 1
-        for (chunk, rows), unit_smem in zip(units, units_smem):
-            fits = (num_active > fewer) & ((num_active <= chunk) | (chunk == units[-1][0]))
-            pl.when(fits & (split < num_active))(functools.partial(combine, chunk, rows, unit_smem))
-            fewer = chunk
-
-
-def _units(shape: Shape, plan: Plan) -> list[tuple[int, int]]:
-    """In what pieces results are combined: of how many blocks at once, and how many rows of H.
-
-    Each is as much as the registers take, so that its loads are in flight together. A row shorter than the cache has
-    fewer blocks than the plan, and takes another size.
-    """
-    chunks = [chunk for chunk in (8, 16, 32, 64, 128) if chunk < 2 * plan.splits or chunk == 8]
-    return [(chunk, min(shape.H, 1024 // chunk)) for chunk in chunks]
+            self.gather()
+        first_row = (self.row * self.shape.K + self.kv_head) * self.shape.G + self.first_head
+        num_heads = self.shape.G - self.first_head
+        exchange.finish(smem, self.arrays["out"], self.index, self.split, first_row, num_heads)
 
 
 def _filled(dims: tuple[int, ...], value: Any, layout: Any) -> Any:
@@ -411,21 +420,3 @@ def _over_keys(x: Any, dims: tuple[int, ...]) -> Any:
 def _over_heads(x: Any, dims: tuple[int, ...]) -> Any:
     """A value a key, repeated over the columns of a matrix."""
     return lax.broadcast_in_dim(x, dims, [0])
-
-
-def _store(ref: Any, x: Any) -> None:
-    """ref[...] = x where x does not fill whole lines of memory, which newer versions of JAX want said."""
-    if (store := getattr(plgpu, "store", None)) is not None:
-        store(ref, x, optimized=False)
-    else:
-        ref[...] = x
-
-
-def _fence() -> None:
-    """Makes what was written before it visible to the whole GPU before anything that comes after it."""
-
-    @plgpu.inline_mgpu()
-    def emit(_: Any = None):
-        mgpu.utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
-
-    emit()

@@ -3,10 +3,11 @@
 import dataclasses
 
 from pallas_kernels import compat
+from pallas_kernels.decode_attention.cluster import Exchange
 
 PAGE = 64  # slots of a page
 MAX_HEADS = {64: 80, 128: 64}  # query heads a block can hold in registers, by head dim
-MAX_CLUSTER = 8  # blocks of a cluster that every Hopper GPU takes
+MAX_CLUSTER = 16  # blocks of a cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,22 +15,30 @@ class Plan:
     """Sizes of one launch.
 
     keys: of a tile, 64 or 128.
-    stages: tiles of K, and as many of V, that a block holds or waits for.
+    warpgroups: of a block, each with tiles of its own.
+    stages: tiles of K, and as many of V, that a warpgroup holds or waits for.
     splits: blocks that share the keys of one row and KV head.
-    meeting: how these wait for each other before they combine. "cluster": they are one thread block cluster, at most 8.
-      "grid": through a semaphore in memory, any number, as long as all blocks of the launch fit the GPU at once.
+    meeting: how these combine their results. "cluster": as one thread block cluster, at most 16, through each other's
+      shared memory. "grid": through the GPU's memory and a semaphore, any number, as long as all blocks of the launch
+      fit the GPU at once.
+    max_heads: of a block; query heads of a KV head beyond that are shared out among several blocks, each of which reads
+      all keys. None: as many as a block can hold.
     """
 
     keys: int
+    warpgroups: int
     stages: int
     splits: int
     meeting: str = "cluster"
+    max_heads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.keys not in (64, 128) or self.stages < 1 or self.splits < 1:
-            raise ValueError(f"{self}: keys must be 64 or 128, stages and splits positive")
+        if self.keys not in (64, 128) or min(self.warpgroups, self.stages, self.splits) < 1:
+            raise ValueError(f"{self}: keys must be 64 or 128; warpgroups, stages and splits positive")
         if self.meeting not in ("cluster", "grid"):
             raise ValueError(f"{self}: meeting must be 'cluster' or 'grid'")
+        if self.meeting == "cluster" and self.splits > MAX_CLUSTER:
+            raise ValueError(f"{self}: a cluster has at most {MAX_CLUSTER} blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,45 +51,64 @@ class Shape:
     H: int
     capacity: int
 
-    @property
-    def head_blocks(self) -> int:
-        """Blocks among which the query heads of a KV head are divided: more than one only beyond MAX_HEADS."""
-        return -(-self.G // MAX_HEADS[self.H])
+    def head_blocks(self, plan: Plan) -> int:
+        """Blocks among which the query heads of a KV head are divided."""
+        return -(-self.G // min(MAX_HEADS[self.H], plan.max_heads or self.G))
 
-    @property
-    def heads(self) -> int:
+    def heads(self, plan: Plan) -> int:
         """Query heads of a block, padded to the 8 columns that the matrix instruction works in: 71 are 72."""
-        return -(-self.G // (8 * self.head_blocks)) * 8
+        return -(-self.G // (8 * self.head_blocks(plan))) * 8
 
-    @property
-    def pairs(self) -> int:
+    def pairs(self, plan: Plan) -> int:
         """Independent pieces of work: rows times KV heads (times blocks of query heads)."""
-        return self.B * self.K * self.head_blocks
+        return self.B * self.K * self.head_blocks(plan)
 
     def smem_bytes(self, plan: Plan) -> int:
         """Shared memory of a block, but for some KiB of scratch."""
-        ring = 2 * plan.stages * plan.keys * self.H
-        passing = self.heads * max(self.H, plan.keys)
-        return 2 * (ring + self.heads * self.H + passing) + 1024 * (self.heads // 8 + 2)
+        W, heads = plan.warpgroups, self.heads(plan)
+        ring = 2 * W * plan.stages * plan.keys * self.H
+        passing = heads * (2 * self.H + W * plan.keys)
+        exchange = Exchange(self.H, heads, W, plan.splits)
+        exchanged = exchange.smem_bytes() if plan.meeting == "cluster" else 0
+        return 2 * (ring + passing) + exchanged + 1024 * (heads // 8 + 2)
 
     def blocks_per_sm(self, plan: Plan) -> int:
         """Blocks that a multiprocessor holds for sure: by shared memory, and by registers, at most 255 a thread."""
-        return min(2, compat.MAX_SMEM_BYTES // self.smem_bytes(plan))
+        return min(max(1, 2 // plan.warpgroups), compat.MAX_SMEM_BYTES // self.smem_bytes(plan))
 
     def check(self, plan: Plan, num_sms: int) -> None:
         """Raises ValueError where the plan cannot run: blocks would wait for others that never start."""
+        if (asked := self.smem_bytes(plan)) > compat.MAX_SMEM_BYTES:
+            raise ValueError(f"{plan}: {asked} bytes of shared memory, and a block can have {compat.MAX_SMEM_BYTES}")
         room = num_sms * self.blocks_per_sm(plan)
-        if plan.meeting == "grid" and self.pairs * plan.splits > room:
-            raise ValueError(f"{plan}: {self.pairs * plan.splits} blocks must run at once, and the GPU holds {room}")
+        if plan.meeting == "grid" and self.pairs(plan) * plan.splits > room:
+            raise ValueError(
+                f"{plan}: {self.pairs(plan) * plan.splits} blocks must run at once, and the GPU holds {room}"
+            )
 
 
 def default_plan(shape: Shape, num_sms: int) -> Plan:
-    """The plan for a GPU with that many multiprocessors: blocks enough to fill it (benchmarks/LOG.md has timings)."""
-    keys = 64
+    """The plan for a GPU with that many multiprocessors, by what was measured on one of 132 (benchmarks/LOG.md).
+
+    Short caches of few rows are a matter of latency: clusters of up to 16 blocks, with the query heads shared out too,
+    since what blocks send each other grows with their heads and is slower than reading keys twice. Long ones, and many
+    rows, are a matter of bandwidth: as many blocks as there is room for, each with all heads.
+    """
+    tiles = -(-shape.capacity // PAGE)
+    rows = shape.B * shape.K
+    room = num_sms // rows  # blocks of a row, one on each multiprocessor
+    largest_cluster = MAX_CLUSTER if num_sms >= compat.NUM_SMS else 8
+    if room >= 16:
+        splits = min(largest_cluster if room >= 2 * largest_cluster else 8, -(-tiles // 2))
+        if tiles <= 2 * splits * (4 if shape.G > 16 else 8):
+            head_blocks = min(room // splits, -(-shape.G // (24 if shape.H == 64 else 16)))
+            return Plan(PAGE, 2, 4 if shape.H == 64 else 2, splits, max_heads=-(-shape.G // head_blocks))
     stages = 4 if shape.H == 64 else 2
-    tiles = -(-shape.capacity // keys)
-    resident = num_sms * shape.blocks_per_sm(Plan(keys, stages, 1))
-    wanted = min(tiles, resident // shape.pairs)
-    if wanted <= MAX_CLUSTER:
-        return Plan(keys, stages, max(1, wanted))
-    return Plan(keys, stages, wanted, "grid")
+    if shape.G > 32 and 2 <= room <= 8:
+        return Plan(PAGE, 2, stages, min(tiles, room), "grid")
+    one = Plan(PAGE, 1, stages, 1)
+    resident = num_sms * (1 if shape.G > 32 else shape.blocks_per_sm(one))
+    splits = max(1, min(tiles, resident // shape.pairs(one)))
+    if 4 <= room < 16:  # several blocks on a multiprocessor gain nothing where a cluster does
+        splits = min(splits, room)
+    return Plan(PAGE, 1, stages, splits, "cluster" if splits <= 8 else "grid")

@@ -48,8 +48,15 @@ def test_kernel_equals_reference(case):
         assert bool(jnp.any(out[row])) == (length > 0)
 
 
-# Fewer, as many and more tiles than splits; one slot and several; tiles of one page and of two.
-PLANS = [Plan(64, 1, 2), Plan(64, 3, 3), Plan(128, 1, 2), Plan(128, 2, 1), Plan(64, 2, 5)]
+# Fewer, as many and more tiles than blocks and their warpgroups; one slot and several; tiles of one page and of two.
+PLANS = [
+    Plan(64, 1, 1, 2),
+    Plan(64, 1, 3, 3),
+    Plan(128, 1, 1, 2),
+    Plan(128, 2, 2, 1),
+    Plan(64, 2, 1, 2),
+    Plan(64, 1, 2, 5),
+]
 RAGGED = shapes.DecodeCase("ragged", 3, 328, 3, 1, 64, alibi="float32", lengths=(321, 63, 129))
 
 
@@ -59,7 +66,7 @@ def test_any_plan_gives_the_same(plan):
     require_close(RAGGED, inputs, run_kernel(RAGGED, inputs, plan))
 
 
-@pytest.mark.parametrize("plan", PLANS[1:3], ids=str)
+@pytest.mark.parametrize("plan", [PLANS[1], PLANS[2], Plan(64, 2, 1, 2, max_heads=32)], ids=str)
 @pytest.mark.parametrize("heads", [(80, 2, 128), (9, 1, 128), (96, 1, 64)], ids=str)
 def test_results_are_combined_in_pieces_of_any_size(plan, heads):
     """Units of heads and of H, more of them than blocks and fewer; more heads than a block takes."""
@@ -71,8 +78,8 @@ def test_results_are_combined_in_pieces_of_any_size(plan, heads):
 def test_a_plan_for_the_whole_gpu_is_interpreted_as_a_cluster():
     case = shapes.DecodeCase("grid", 1, 192, 2, 1, 64)
     inputs = case.draw(3)
-    out = run_kernel(case, inputs, Plan(64, 1, 3, "grid"))
-    np.testing.assert_array_equal(out, run_kernel(case, inputs, Plan(64, 1, 3, "cluster")))
+    out = run_kernel(case, inputs, Plan(64, 1, 1, 3, "grid"))
+    np.testing.assert_array_equal(out, run_kernel(case, inputs, Plan(64, 1, 1, 3, "cluster")))
 
 
 @pytest.mark.parametrize("lengths", [(192, 65), (64, 0), (1, 129)])
@@ -80,7 +87,7 @@ def test_paged_equals_contiguous_bit_for_bit(lengths):
     case = shapes.DecodeCase("contiguous", 2, 192, 3, 1, 64, alibi="float32", lengths=lengths)
     contiguous = case.draw(4)
     paged = dataclasses.replace(case, paged=True).draw(4)
-    plan = Plan(64, 2, 2)
+    plan = Plan(64, 1, 2, 2)
     np.testing.assert_array_equal(run_kernel(case, paged, plan), run_kernel(case, contiguous, plan))
 
 
@@ -89,7 +96,7 @@ def test_paged_equals_contiguous_bit_for_bit(lengths):
 def test_nothing_past_a_row_s_length_is_seen(paged, keys):
     case = shapes.DecodeCase("dead slots", 2, 256, 2, 1, 64, lengths=(70, 129), paged=paged)
     inputs = case.draw(5)
-    expected = run_kernel(case, inputs, Plan(keys, 2, 2))
+    expected = run_kernel(case, inputs, Plan(keys, 2, 1, 2))
     dead = jnp.arange(256) >= inputs["lengths"][:, None]
     if paged:
         # Slots of the last page, and entries of the table that lead nowhere.
@@ -102,14 +109,14 @@ def test_nothing_past_a_row_s_length_is_seen(paged, keys):
         spoilt["page_table"] = jnp.where(entries, 2**30, inputs["page_table"])
     else:
         spoilt = {name: jnp.where(dead[..., None, None], 1e30, inputs[name]) for name in ("keys", "values")}
-    np.testing.assert_array_equal(run_kernel(case, inputs | spoilt, Plan(keys, 2, 2)), expected)
+    np.testing.assert_array_equal(run_kernel(case, inputs | spoilt, Plan(keys, 2, 1, 2)), expected)
 
 
 def test_alibi_equals_extra_columns_of_q_and_k():
     """The independent form of ALiBi: eight more columns and no bias, through the plain reference."""
     case = shapes.DecodeCase("columns", 2, 304, 3, 1, 64, alibi="float32", lengths=(300, 77))
     inputs = case.draw(6)
-    out = run_kernel(case, inputs, Plan(64, 2, 2)).astype(jnp.float32)
+    out = run_kernel(case, inputs, Plan(64, 1, 2, 2)).astype(jnp.float32)
     q, keys, values = (inputs[name].astype(jnp.float32) for name in NAMES[:3])
     a, c = (columns.astype(jnp.float32) for columns in alibi_columns(inputs["slopes"], case.S, jnp.bfloat16))
     q = jnp.concatenate([q, jnp.broadcast_to(a, (2, 3, 8))], -1)
@@ -128,7 +135,7 @@ def test_mapped_calls_are_rows_of_one_launch():
     stacked = [jnp.stack([inputs[name] for inputs in calls]) for name in NAMES]
     slopes = calls[0]["slopes"]
 
-    plan = Plan(64, 2, 2)
+    plan = Plan(64, 1, 2, 2)
 
     def decode(q, keys, values, lengths):
         return mosaic.decode_mosaic(q, keys, values, lengths, slopes, "float32", case.scale, None, plan=plan)
@@ -151,7 +158,7 @@ def test_mapped_calls_read_one_pool_or_one_each(own_pools):
         for name, axis in zip((*NAMES, "page_table"), axes)
     ]
 
-    plan = Plan(64, 2, 2)
+    plan = Plan(64, 1, 2, 2)
 
     def decode(q, keys, values, lengths, page_table):
         return mosaic.decode_mosaic(q, keys, values, lengths, None, "float32", case.scale, page_table, plan=plan)
@@ -270,20 +277,26 @@ def test_default_plans_fit_the_gpu(heads, batch, capacity, num_sms):
     plan = default_plan(shape, num_sms)
     shape.check(plan, num_sms)
     assert plan.splits * plan.keys < capacity + plan.keys
-    assert plan.meeting == "grid" or plan.splits <= 8
 
 
 def test_heads_are_padded_to_eight_and_divided_beyond_what_a_block_takes():
-    assert [Shape(1, 1, G, 64, 64).heads for G in (1, 16, 29, 71, 80)] == [8, 16, 32, 72, 80]
+    plan = Plan(64, 1, 1, 1)
+    assert [Shape(1, 1, G, 64, 64).heads(plan) for G in (1, 16, 29, 71, 80)] == [8, 16, 32, 72, 80]
     wide = Shape(1, 1, 128, 128, 64)
-    assert (wide.head_blocks, wide.heads, wide.pairs) == (2, 64, 2)
+    assert (wide.head_blocks(plan), wide.heads(plan), wide.pairs(plan)) == (2, 64, 2)
+    thirds, plan = Shape(1, 1, 71, 64, 64), Plan(64, 1, 1, 1, max_heads=24)
+    assert (thirds.head_blocks(plan), thirds.heads(plan), thirds.pairs(plan)) == (3, 24, 3)
 
 
 def test_plans_that_cannot_run_are_refused():
     shape = Shape(1, 1, 8, 64, 2**17)
     with pytest.raises(ValueError, match="1000 blocks must run at once, and the GPU holds 264"):
-        shape.check(Plan(64, 2, 1000, "grid"), 132)
+        shape.check(Plan(64, 1, 2, 1000, "grid"), 132)
+    with pytest.raises(ValueError, match="bytes of shared memory"):
+        shape.check(Plan(128, 4, 4, 1), 132)
     with pytest.raises(ValueError, match="keys must be 64 or 128"):
-        Plan(96, 2, 1)
+        Plan(96, 1, 2, 1)
     with pytest.raises(ValueError, match="meeting must be"):
-        Plan(64, 2, 1, "street")
+        Plan(64, 1, 2, 1, "street")
+    with pytest.raises(ValueError, match="at most 16 blocks"):
+        Plan(64, 1, 2, 32)

@@ -1,0 +1,168 @@
+"""The kernels where they belong, on a Hopper GPU and at full size, against the plain versions in float32."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, shapes
+from pallas_kernels.decode_attention import decode_attention, mosaic
+from pallas_kernels.decode_attention.plan import Plan
+from pallas_kernels.decode_attention.reference import decode_reference
+from pallas_kernels.flash_attention import attention
+
+# Queries of which the reference is made: all of a long prompt's would need an array of scores.
+MAX_REFERENCE_QUERIES = 256
+
+
+@pytest.fixture(autouse=True)
+def _hopper():
+    if (reason := compat.mosaic_reason()) is not None:
+        pytest.skip(reason)
+
+
+pytestmark = pytest.mark.gpu
+
+
+def require_close(made: jax.Array, same_dtype: jax.Array, exact: jax.Array) -> None:
+    made, same_dtype = made.astype(jnp.float32), same_dtype.astype(jnp.float32)
+    assert bool(jnp.all(jnp.isfinite(made)))
+    assert float(jnp.max(jnp.abs(made - exact))) <= 2 * float(jnp.max(jnp.abs(same_dtype - exact))) + 1e-5
+
+
+def in_float32(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return inputs | {name: inputs[name].astype(jnp.float32) for name in names}
+
+
+# Attention
+
+
+def last_queries(
+    case: shapes.AttentionCase, inputs: dict[str, Any], out: jax.Array
+) -> tuple[dict[str, Any], jax.Array]:
+    """The case with its last queries alone, as a chunk, and their part of the result."""
+    count = min(case.T, MAX_REFERENCE_QUERIES)
+    offset = jnp.zeros(case.B, jnp.int32) if inputs["query_offset"] is None else inputs["query_offset"]
+    chunk = inputs | {"q": inputs["q"][:, -count:], "query_offset": offset + (case.T - count)}
+    return chunk, out[:, -count:]
+
+
+@pytest.mark.parametrize("case", shapes.GPU_ATTENTION, ids=str)
+def test_attention_at_full_size(case):
+    inputs = case.draw(0)
+    call = jax.jit(lambda inputs: attention(**inputs, scale=case.scale, implementation="mosaic", alibi=alibi))
+    plain = jax.jit(lambda inputs: attention(**inputs, scale=case.scale, implementation="xla", alibi=alibi))
+    alibi = inputs.pop("alibi")
+    out = call(inputs)
+    np.testing.assert_array_equal(out, call(inputs))
+    chunk, out = last_queries(case, inputs, out)
+    require_close(out, plain(chunk), plain(in_float32(chunk, "q", "k", "v")))
+
+
+BACKWARD = [
+    *(shapes.attention_case(model, 1024) for model in shapes.HEADS),
+    *(shapes.attention_case(model, 1001, dtype="float16") for model in ("falcon-rw-1b", "falcon-40b-alibi")),
+    *(
+        dataclasses.replace(shapes.attention_case(model, 777), name=f"{model} hf_bf16", alibi="hf_bf16")
+        for model in ("falcon-rw-1b", "falcon-40b-alibi")
+    ),
+    dataclasses.replace(shapes.attention_case("falcon-40b", 640, batch=2), name="ragged", lengths=(640, 301)),
+]
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_gradients_at_full_width(case):
+    inputs = case.draw(1)
+    alibi = inputs.pop("alibi")
+    cotangent = jax.random.normal(jax.random.key(9), inputs["q"].shape, inputs["q"].dtype)
+
+    def gradients(implementation, q, k, v, cotangent):
+        def call(q, k, v):
+            given = inputs | {"q": q, "k": k, "v": v}
+            return attention(**given, scale=case.scale, implementation=implementation, alibi=alibi)
+
+        return jax.vjp(call, q, k, v)[1](cotangent)
+
+    made, again, plain = (jax.jit(functools.partial(gradients, name)) for name in ("mosaic", "mosaic", "xla"))
+    arguments = (inputs["q"], inputs["k"], inputs["v"], cotangent)
+    gradient = made(*arguments)
+    exact = plain(*[x.astype(jnp.float32) for x in arguments])
+    for x, once_more, same_dtype, right in zip(gradient, again(*arguments), plain(*arguments), exact):
+        np.testing.assert_array_equal(x, once_more)
+        require_close(x, same_dtype, right)
+
+
+# Decode attention
+
+
+def decode(case: shapes.DecodeCase, inputs: dict[str, Any], plan: Plan | None = None) -> jax.Array:
+    arrays = inputs["q"], inputs["keys"], inputs["values"], inputs["lengths"]
+    return mosaic.decode_mosaic(*arrays, inputs["slopes"], inputs["alibi"], case.scale, inputs["page_table"], plan=plan)
+
+
+def reference(case: shapes.DecodeCase, inputs: dict[str, Any]) -> jax.Array:
+    arrays = inputs["q"], inputs["keys"], inputs["values"], inputs["lengths"]
+    return decode_reference(*arrays, inputs["slopes"], inputs["alibi"], case.scale, inputs["page_table"])
+
+
+@pytest.mark.parametrize("case", shapes.GPU_DECODE, ids=str)
+def test_decode_at_full_size(case):
+    inputs = case.draw(2)
+    out = decode_attention(**inputs, scale=case.scale, implementation="mosaic")
+    np.testing.assert_array_equal(out, decode_attention(**inputs, scale=case.scale, implementation="mosaic"))
+    require_close(out, reference(case, inputs), reference(case, in_float32(inputs, "q", "keys", "values")))
+
+
+# Both ways to combine, one warpgroup and several, heads whole and shared out, more and fewer tiles than warpgroups.
+PLANS = [
+    ("falcon-40b-alibi", 4096, (4096,), Plan(64, 2, 2, 16, max_heads=16)),
+    ("falcon-40b-alibi", 4096, (4001,), Plan(128, 2, 1, 16, max_heads=24)),
+    ("falcon-40b-alibi", 2048, (2000, 0, 65), Plan(64, 2, 2, 8, max_heads=32)),
+    ("falcon-40b-alibi", 2048, (2000, 700), Plan(64, 2, 2, 16, "grid")),
+    ("falcon-40b-alibi", 8192, (8000,), Plan(64, 1, 2, 64, "grid")),
+    ("falcon-7b", 4096, (4001,), Plan(64, 4, 1, 16, max_heads=24)),
+    ("falcon-7b", 1024, (1000, 3), Plan(64, 2, 2, 4)),
+    ("falcon-40b", 1000, (1000, 77), Plan(64, 3, 2, 8)),
+    ("falcon-40b", 8192, (1,), Plan(64, 1, 2, 16, "grid")),
+    ("falcon-180b", 2048, (2048,), Plan(64, 2, 2, 8)),
+    ("falcon2-11b", 2048, (1555,), Plan(64, 2, 2, 8)),
+    ("falcon-rw-1b", 512, (512, 100), Plan(64, 2, 4, 1)),
+    ("falcon-rw-1b", 2048, (2000, 1, 64, 65), Plan(64, 1, 4, 2)),
+    ("falcon-rw-1b", 1024, (1000, 1, 0, 65), Plan(64, 4, 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("model", "capacity", "lengths", "plan"), PLANS, ids=str)
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode_by_any_plan(model, capacity, lengths, plan, paged):
+    if paged and capacity % shapes.PAGE_SIZE:
+        pytest.skip("pages hold 64 keys")
+    case = shapes.decode_case(model, capacity, len(lengths), paged)
+    inputs = dataclasses.replace(case, lengths=lengths).draw(3)
+    out = decode(case, inputs, plan)
+    np.testing.assert_array_equal(out, decode(case, inputs, plan))
+    require_close(out, reference(case, inputs), reference(case, in_float32(inputs, "q", "keys", "values")))
+
+
+@pytest.mark.parametrize("model", shapes.HEADS)
+def test_a_thousand_decode_launches_with_fresh_inputs(model):
+    case = shapes.decode_case(model, 1024, batch=2)
+
+    def launch(index, worst):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(4), index), 4)
+        cache = (case.B, case.S, case.K, case.H)
+        inputs = case.draw(0) | {
+            "q": jax.random.normal(keys[0], (case.B, case.N, case.H), case.dtype),
+            "keys": jax.random.normal(keys[1], cache, case.dtype),
+            "values": jax.random.normal(keys[2], cache, case.dtype),
+            "lengths": jax.random.randint(keys[3], (case.B,), 0, case.S + 1),
+        }
+        exact = reference(case, in_float32(inputs, "q", "keys", "values"))
+        errors = [jnp.max(jnp.abs(run(case, inputs).astype(jnp.float32) - exact)) for run in (decode, reference)]
+        return jnp.maximum(worst, errors[0] / (2 * errors[1] + 1e-5))  # NaN stays NaN
+
+    assert float(jax.jit(lambda: jax.lax.fori_loop(0, 1000, launch, jnp.float32(0)))()) <= 1
