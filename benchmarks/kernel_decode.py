@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from benchmarks.kernel_prefill import CUDNN, OURS, PLAIN
-from benchmarks.kernel_turns import Entry, Program, prepare
+from benchmarks.kernel_turns import Entry, Group, Program, prepare
 from pallas_kernels import compat, shapes
 from pallas_kernels.flash_attention import attention
 
@@ -88,7 +88,7 @@ def contestants(case: shapes.DecodeCase, quick: bool) -> list[Entry]:
         programs.append(make("JAX's Pallas-Triton example", attend, checked=slopes is None, reason=no_gpu))
     if filler is not None:
         programs.append(Program(FILLER, _loop(None, 0), (q, [], filler, lengths)))
-    return prepare(programs, Program("float32", exact, (q, caches, None, lengths)), PLAIN)
+    return prepare(Group(programs, Program("float32", exact, (q, caches, None, lengths)), PLAIN))
 
 
 def num_calls(case: shapes.DecodeCase) -> int:

@@ -1,9 +1,12 @@
 """Bytes that attention takes beside its arguments and its result, for 64 heads that share one K and V.
 
-Run as a module it measures in a process of its own, where nothing else has raised the peak, and prints one JSON line.
+Run as a module it measures one length in a process of its own and prints one JSON line. The trap: a process's peak
+never falls, and drawing arrays or compiling (XLA tries out its own kernels) can raise it above what a call takes. Hence
+arguments come from the host, and nothing but the forward pass is compiled before the peak is read.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import hardware
 from pallas_kernels import compat, shapes
@@ -18,28 +22,35 @@ from pallas_kernels.flash_attention import attention
 
 MODEL = "falcon-40b-alibi"
 TOKENS = (12_288, 65_536)
-# Rows drawn; the rest repeats them, since drawing takes memory of its own.
+# Tokens drawn; the rest repeats them.
 DRAWN_TOKENS = 4096
 
 
 def report(tokens: Sequence[int] = TOKENS) -> list[dict[str, Any]]:
-    """`measure` of each length, ascending, from a new process; or the reason why not."""
+    """`measure` of each length, from a new process; or the reason why not."""
     reason = compat.mosaic_reason()
     if reason is not None:
         return [{"tokens": T, "reason": reason} for T in tokens]
-    command = [sys.executable, "-m", "benchmarks.kernel_memory", *map(str, sorted(tokens))]
-    done = subprocess.run(command, cwd=hardware.REPOSITORY, capture_output=True, text=True)
+    return [_in_a_process(T) for T in tokens]
+
+
+def _in_a_process(T: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.kernel_memory", str(T)]
+    # Unfiltered, so that a traceback ends with its exception.
+    environment = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
+    done = subprocess.run(command, cwd=hardware.REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return [{"tokens": T, "reason": lines[-1][:300], "failed": True} for T in tokens]
+        return {"tokens": T, "reason": lines[-1][:300], "failed": True}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(T: int) -> dict[str, Any]:
     """What the compiler plans for beside arguments and results, forwards and with gradients, and the forward peak.
 
-    peak_extra_bytes: the most that JAX held at once less what was there before and the result; None where something
-    before took more.
+    peak_bytes_before: what JAX had held at most before the call. peak_extra_bytes: the most that it held at once less
+    what was there before and the result; None where something before took more. JAX's
+    allocator counts whole chunks, which can be up to 128 MiB larger than what was asked for.
     """
     case = shapes.attention_case(MODEL, T)
 
@@ -51,11 +62,11 @@ def measure(T: int) -> dict[str, Any]:
 
     arguments = draw(case)
     compiled = jax.jit(forward).lower(*arguments).compile()
-    backward = jax.jit(gradients).lower(*arguments, arguments[0]).compile()
     before, peak_before = in_use(), hardware.peak_bytes()
     out = jax.block_until_ready(compiled(*arguments))
     peak = hardware.peak_bytes()
     extra = None if peak is None or before is None or peak == peak_before else peak - before - out.nbytes
+    backward = jax.jit(gradients).lower(*arguments, arguments[0]).compile()
     return {
         "tokens": T,
         "finite": bool(jnp.all(jnp.isfinite(out))),
@@ -64,16 +75,22 @@ def measure(T: int) -> dict[str, Any]:
         "score_array_bytes": 2 * case.N * T * T,  # what a kernel must not hold
         "temporary_bytes": temporary_bytes(compiled),
         "temporary_bytes_with_gradients": temporary_bytes(backward),
+        "peak_bytes_before": peak_before,
         "peak_extra_bytes": extra,
     }
 
 
 def draw(case: shapes.AttentionCase) -> tuple[jax.Array, ...]:
     """q, k, v and slopes."""
-    few = shapes.attention_case(MODEL, min(case.T, DRAWN_TOKENS)).draw()
-    repeat = jax.jit(lambda x: jnp.tile(x, (1, -(-case.T // DRAWN_TOKENS), 1, 1))[:, : case.T])
-    q, k, v = (repeat(few[name]) for name in ("q", "k", "v"))
-    return jax.block_until_ready((q, k, v, few["slopes"]))
+    generator = np.random.default_rng(0)
+
+    def random(heads: int) -> jax.Array:
+        few = generator.standard_normal((1, min(case.T, DRAWN_TOKENS), heads, case.H), np.float32)
+        few = few.astype(jnp.dtype(case.dtype))
+        return jax.device_put(np.tile(few, (1, -(-case.T // few.shape[1]), 1, 1))[:, : case.T])
+
+    q, k, v = (random(heads) for heads in (case.N, case.K, case.K))
+    return jax.block_until_ready((q, k, v, shapes.geometric_slopes(case.N)))
 
 
 def temporary_bytes(compiled: Any) -> int | None:
@@ -87,4 +104,4 @@ def in_use() -> int | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps([measure(int(T)) for T in sys.argv[1:]]))
+    print(json.dumps(measure(int(sys.argv[1]))))

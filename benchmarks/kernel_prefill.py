@@ -1,7 +1,8 @@
 """Who computes the attention of a whole prompt in JAX: falcon_jax's kernel, and what else there is.
 
 TFLOP/s count what causality shows, 2 T (T + 1) N H operations a row forwards and two and a half times that backwards,
-whatever a contestant computes. Beside ALiBi stand the same peers without it: the time that ALiBi should not add to.
+whatever a contestant computes. Beside ALiBi stand ours and the same peers without it: the time that ALiBi should not
+add to. Each is checked against the function that it computes.
 """
 
 import functools
@@ -13,14 +14,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from benchmarks.kernel_turns import Entry, Program, prepare
+from benchmarks.kernel_turns import Entry, Group, Program, prepare
 from pallas_kernels import compat, shapes
 from pallas_kernels.flash_attention import attention
+from pallas_kernels.flash_attention import cudnn as flash_cudnn
 
 OURS = "falcon_jax"
 PLAIN = "XLA"
 # What ALiBi is measured by: cuDNN, which then computes less than we do.
 CUDNN = "cuDNN"
+WITHOUT = ", without ALiBi"
 FORWARD, BACKWARD = "forward", "forward + backward"
 
 Attend = Callable[..., Float[Array, "B T N H"]]
@@ -38,41 +41,38 @@ def contestants(case: shapes.AttentionCase, kind: str, quick: bool) -> list[Entr
     q, k, v, slopes = (inputs[name] for name in ("q", "k", "v", "slopes"))
     cotangent = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
     make = functools.partial(_program, kind=kind, arrays=(q, k, v, cotangent))
-    ours = functools.partial(attention, scale=case.scale)
-    plain = functools.partial(ours, implementation="xla")
-    no_gpu = None if jax.default_backend() == "gpu" else "it needs an NVIDIA GPU"
-
-    programs = [
-        make(
-            OURS, functools.partial(ours, implementation="mosaic"), slopes=slopes,
-            ours=True, checked=True, reason=compat.mosaic_reason(),
-        ),
-        make(PLAIN, plain, slopes=slopes, checked=True),
-    ]  # fmt: skip
-    exact = make("float32", _in_float32(plain), slopes=slopes, checked=True)
-
-    make = functools.partial(make, reason=no_gpu)
+    peer = functools.partial(make, reason=None if jax.default_backend() == "gpu" else "it needs an NVIDIA GPU")
     cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    if slopes is None:
-        programs.append(make(CUDNN, cudnn, checked=True))
-    else:
-        columns = functools.partial(ours, implementation="cudnn")
-        programs += [
-            make(CUDNN, cudnn),
-            make(f"{CUDNN}, ALiBi in 8 more columns", columns, slopes=slopes, checked=True),
-        ]
-        # The whole array, made before the clock starts: 2.1 GB for 64 heads and 4,096 tokens.
-        if case.T <= 4096 and not no_gpu:
-            bias = _bias(slopes, case, case.dtype)
-            programs.append(make(f"{CUDNN}, ALiBi as a bias of T x T", cudnn, bias=bias, checked=True))
+
+    def group(peers: Sequence[Program], slopes: Array | None, suffix: str) -> Group:
+        ours = functools.partial(attention, scale=case.scale)
+        plain = functools.partial(ours, implementation="xla")
+        mosaic = functools.partial(ours, implementation="mosaic")
+        mine = make(OURS + suffix, mosaic, slopes=slopes, ours=True, reason=compat.mosaic_reason())
+        exact = make("float32", _in_float32(plain), slopes=slopes)
+        return Group([mine, make(PLAIN + suffix, plain, slopes=slopes), *peers], exact, PLAIN + suffix)
+
+    without = [peer(CUDNN, cudnn)]
     if not quick:
-        programs += _tokamax(case, make, slopes) + _pallas(case, make, kind, (q, k, v))
-    return prepare(programs, exact, PLAIN)
+        without += _tokamax(peer) + _pallas(case, peer, kind, (q, k, v))
+    if slopes is None:
+        return prepare(group(without, None, ""))
+    columns = functools.partial(attention, scale=case.scale, implementation="cudnn")
+    asked = {name: inputs[name] for name in ("query_offset", "lengths", "slopes", "alibi")}
+    reason = flash_cudnn.reason_against(q, k, **asked, return_lse=False, mesh=None)
+    alibi = [make(f"{CUDNN}, ALiBi in 8 more columns", columns, slopes=slopes, reason=reason)]
+    # The whole array, made before the clock starts: 2.1 GB for 64 heads and 4,096 tokens.
+    if case.T <= 4096 and jax.default_backend() == "gpu":
+        alibi.append(peer(f"{CUDNN}, ALiBi as a bias of T x T", cudnn, bias=_bias(slopes, case, case.dtype)))
+    if not quick:
+        row = (slopes * case.scale)[:, None] * jnp.arange(case.T, dtype=jnp.float32)
+        alibi += _tokamax(peer, row[None, :, None])
+    return prepare(group(alibi, slopes, ""), group(without, None, WITHOUT))
 
 
 def _program(
-    name: str, attend: Attend, *, kind: str, arrays: Sequence[Array], ours: bool = False, checked: bool = False,
-    reason: str | None = None, **extra: Array | None,
+    name: str, attend: Attend, *, kind: str, arrays: Sequence[Array], ours: bool = False, reason: str | None = None,
+    **extra: Array | None,
 ) -> Program:  # fmt: skip
     """`attend(q, k, v, **extra)`, or all of (out, dq, dk, dv)."""
 
@@ -84,8 +84,7 @@ def _program(
         return out, *pull(cotangent.astype(out.dtype))
 
     function, given = (forward, arrays[:3]) if kind == FORWARD else (both, arrays)
-    num_checked = (1 if kind == FORWARD else 4) if checked else 0
-    return Program(name, function, (*given, extra), ours, num_checked, reason)
+    return Program(name, function, (*given, extra), ours, 1 if kind == FORWARD else 4, reason)
 
 
 def _in_float32(attend: Attend) -> Attend:
@@ -107,21 +106,18 @@ def _bias(slopes: Array, case: shapes.AttentionCase, dtype: str) -> Float[Array,
     return make(slopes)
 
 
-def _tokamax(case: shapes.AttentionCase, make: Callable[..., Program], slopes: Array | None) -> list[Program]:
+def _tokamax(make: Callable[..., Program], row: Float[Array, "1 N 1 S"] | None = None) -> list[Program]:
     """tokamax's own Mosaic kernel; ALiBi as a bias of one row, which it takes."""
+    name = "tokamax" if row is None else "tokamax, ALiBi as a bias of one row"
     if importlib.util.find_spec("tokamax") is None:
-        return [make("tokamax", lambda q, k, v: q, reason="tokamax is not installed")]
+        return [make(name, lambda q, k, v: q, reason="tokamax is not installed")]
 
     def attend(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
         import tokamax  # pyright: ignore[reportMissingImports]
 
         return tokamax.dot_product_attention(q, k, v, bias, is_causal=True, implementation="mosaic_gpu")
 
-    programs = [make("tokamax", attend, checked=slopes is None)]
-    if slopes is not None:
-        row = (slopes * case.scale)[:, None] * jnp.arange(case.T, dtype=jnp.float32)
-        programs.append(make("tokamax, ALiBi as a bias of one row", attend, bias=row[None, :, None], checked=True))
-    return programs
+    return [make(name, attend, bias=row)]
 
 
 def _pallas(
@@ -139,4 +135,4 @@ def _pallas(
 
     scaled = (arrays[0].astype(jnp.float32) * case.scale, *arrays[1:])
     halves = [x.astype(jnp.float16) for x in scaled]
-    return [make("JAX's Pallas example, float16", attend, arrays=halves, checked=case.alibi is None)]
+    return [make("JAX's Pallas example, float16", attend, arrays=halves)]

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -102,29 +102,44 @@ class Compiled:
         return (time.perf_counter() - begin) / num_calls
 
 
-def prepare(programs: Sequence[Program], exact: Program, plain: str) -> list[Entry]:
-    """Compiles all, runs each once and compares.
+class Group(NamedTuple):
+    """Programs that compute one function.
 
-    Args:
-      exact: the case in float32; its results are what the others are compared with.
-      plain: name of the program whose error is the measure: the plain version in the case's dtype.
+    exact: the function in float32; its results are what the others are compared with.
+    plain: name of the program whose error is the measure: the plain version in the case's dtype.
     """
-    entries = [Entry(program.name, program.ours, program.reason) for program in programs]
-    reference = Entry(exact.name)
-    _compile([*programs, exact], [*entries, reference])
+
+    programs: Sequence[Program]
+    exact: Program
+    plain: str
+
+
+def prepare(*groups: Group) -> list[Entry]:
+    """Compiles all, runs each once and compares within its group."""
+    entries = [[Entry(program.name, program.ours, program.reason) for program in group.programs] for group in groups]
+    references = [Entry(group.exact.name) for group in groups]
+    _compile(
+        [program for group in groups for program in (*group.programs, group.exact)],
+        [entry for found, reference in zip(entries, references) for entry in (*found, reference)],
+    )
+    for group, found, reference in zip(groups, entries, references):
+        _compare(group, found, reference)
+    return [entry for found in entries for entry in found]
+
+
+def _compare(group: Group, entries: Sequence[Entry], reference: Entry) -> None:
     allowed: list[float] = []
     expected: tuple[jax.Array, ...] = ()
     with reference.failing():
         expected = _run(reference)
-        made = _run(next(entry for entry in entries if entry.name == plain))
+        made = _run(next(entry for entry in entries if entry.name == group.plain))
         allowed = [ALLOWED_ERROR * float(_distance(*pair)) + ALLOWED_ABSOLUTE for pair in zip(made, expected)]
-    for program, entry in zip(programs, entries):
+    for program, entry in zip(group.programs, entries):
         if entry.runner is not None:
             with entry.failing():
                 if reference.failed:
                     raise RuntimeError(f"nothing to compare it with ({reference.reason})")
                 _check(program, entry, expected, allowed)
-    return entries
 
 
 def _compile(programs: Sequence[Program], entries: Sequence[Entry]) -> None:

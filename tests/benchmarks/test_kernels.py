@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     hardware,
     kernel_decode,
+    kernel_memory,
     kernel_prefill,
     kernel_report,
     kernel_torch,
@@ -23,7 +24,7 @@ from benchmarks import (
     kernel_turns,
     kernels,
 )
-from benchmarks.kernel_turns import Entry, Program
+from benchmarks.kernel_turns import Entry, Group, Program
 from pallas_kernels import shapes
 from pallas_kernels.flash_attention import attention
 
@@ -64,9 +65,12 @@ def test_without_a_gpu_xla_has_figures_and_the_others_say_why_not(call, tmp_path
         ("falcon-40b-alibi T=16", "forward + backward"),
         ("falcon-40b-alibi S=16 B=1", "decode"),
     ]
+    for case in document["cases"][:2]:
+        names = [found["name"] for found in case["contestants"]]
+        assert {"falcon_jax", "falcon_jax, without ALiBi", "XLA", "XLA, without ALiBi", "cuDNN"} <= set(names)
     for case in document["cases"]:
         for found in case["contestants"]:
-            if found["name"] == "XLA":
+            if found["name"].startswith("XLA"):
                 assert found["us"] > 0 and len(found["turns_us"]) == 2 and found["error"] == pytest.approx(0.5, rel=0.1)
             else:
                 assert "GPU" in found["reason"] and not found["failed"] and "us" not in found
@@ -109,7 +113,7 @@ def test_a_wrong_kernel_of_ours_gets_no_figure_and_a_peers_error_is_said():
         Program("peer of elsewhere", product, (x,), reason="it needs a TPU"),
     ]
     exact = Program("float32", lambda x: (x.astype(jnp.float32) @ x.astype(jnp.float32),), (x,))
-    entries = kernel_turns.prepare(programs, exact, "plain")
+    entries = kernel_turns.prepare(Group(programs, exact, "plain"))
     ours, wrong, plain, coarse, nan, other, raising, elsewhere = entries
     assert ours.error == pytest.approx(0.5, rel=0.01) and plain.error == ours.error
     assert wrong.runner is None and wrong.failed and "wrong: its error is" in str(wrong.reason)
@@ -124,6 +128,27 @@ def test_a_wrong_kernel_of_ours_gets_no_figure_and_a_peers_error_is_said():
     ]  # fmt: skip
 
 
+def test_each_program_is_compared_within_its_group():
+    x = jax.random.normal(jax.random.key(0), (64, 64), jnp.bfloat16)
+
+    def group(factor, name):
+        def product(x):
+            return (factor * (x @ x),)
+
+        programs = [Program(name, product, (x,), ours=True, num_checked=1), Program("plain", product, (x,))]
+        return Group(programs, Program("float32", lambda x: product(x.astype(jnp.float32)), (x,)), "plain")
+
+    entries = kernel_turns.prepare(group(1, "one"), group(4, "four"))
+    assert [entry.name for entry in entries] == ["one", "plain", "four", "plain"]
+    assert entries[0].error == pytest.approx(0.5, rel=0.01) and entries[2].error == pytest.approx(0.5, rel=0.01)
+
+
+def test_memory_is_measured_on_tokens_that_repeat():
+    q, k, v, slopes = kernel_memory.draw(shapes.attention_case(kernel_memory.MODEL, 5000))
+    assert q.shape == (1, 5000, 64, 128) and k.shape == v.shape == (1, 5000, 1, 128) and slopes.shape == (64,)
+    assert q.dtype == jnp.bfloat16 and (q[:, :904] == q[:, 4096:]).all()
+
+
 def test_nothing_of_ours_is_timed_where_the_reference_fails():
     x = jnp.ones(4)
 
@@ -131,7 +156,7 @@ def test_nothing_of_ours_is_timed_where_the_reference_fails():
         raise RuntimeError("out of memory")
 
     programs = [Program("ours", lambda x: (x,), (x,), ours=True, num_checked=1), Program("plain", raises, (x,))]
-    ours, plain = kernel_turns.prepare(programs, Program("float32", lambda x: (x,), (x,)), "plain")
+    ours, plain = kernel_turns.prepare(Group(programs, Program("float32", lambda x: (x,), (x,)), "plain"))
     assert ours.failed and plain.failed and "nothing to compare it with" in str(ours.reason)
 
 
