@@ -129,9 +129,10 @@ def _launch(
         "q_full": plgpu.Barrier(num_arrivals=2 if has_slopes else 1),
         "k_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
         "v_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
-        "plain_smem": plgpu.SMEM((heads, 1, H), q.dtype),
         "p_smem": smem(W, heads, plan.keys),
     }
+    if shape.G % 8:  # copies into the order that the matrix instruction reads come 8 rows at a time, and 71 do not
+        scratch["plain_smem"] = plgpu.SMEM((heads, 1, H), q.dtype)
     if W > 1:
         scratch["gathered"] = plgpu.Barrier(num_arrivals=W)
     if has_slopes:
@@ -202,8 +203,7 @@ class _Warpgroup:
         self.index = lax.axis_index("warpgroup")
         self.kv_head = lax.div(self.pair, jnp.int32(head_blocks))
         self.first_head = lax.rem(self.pair, jnp.int32(head_blocks)) * self.heads  # of the KV head's
-        # Copies into the order that the matrix instruction reads come 8 rows at a time, and 71 heads do not.
-        self.takes_rows_of_8 = self.shape.G % 8 == 0
+        self.takes_rows_of_8 = "plain_smem" not in smem
         # Tiles are dealt out to all warpgroups of all blocks, one each and then from the first again.
         self.exchange = cluster.Exchange(self.shape.H, self.heads, self.plan.warpgroups, self.plan.splits)
         self.num_streams = self.plan.splits * self.plan.warpgroups
@@ -381,12 +381,17 @@ class _Warpgroup:
     def store(self, sums: Any, _: Any, totals: Any) -> None:
         """Writes the result where nobody else has a part in it."""
         factor = jnp.where(totals > 0.0, 1.0 / totals, 0.0)
-        sums = plgpu.layout_cast((sums * _over_keys(factor, sums.shape)).astype(self.dtype), TRANSPOSED)
-        plain_smem = self.smem["plain_smem"]
-        plain_smem.at[:, 0].transpose((1, 0))[...] = sums
+        sums = (sums * _over_keys(factor, sums.shape)).astype(self.dtype)
+        out = self.arrays["out"].at[self.row, self.kv_head, pl.ds(self.first_head, self.heads)]
+        # Over the queries, in either form.
+        if self.takes_rows_of_8:
+            out, out_smem = out.at[:, 0], self.smem["q_smem"]
+            out_smem.transpose((1, 0))[...] = sums
+        else:
+            out_smem = self.smem["plain_smem"]
+            out_smem.at[:, 0].transpose((1, 0))[...] = plgpu.layout_cast(sums, TRANSPOSED)
         plgpu.commit_smem()
-        heads = pl.ds(self.first_head, self.heads)
-        plgpu.copy_smem_to_gmem(plain_smem, self.arrays["out"].at[self.row, self.kv_head, heads])
+        plgpu.copy_smem_to_gmem(out_smem, out)
         plgpu.wait_smem_to_gmem(0)
 
     def combine_in_cluster(self, sums: Any, maxima: Any, totals: Any) -> None:

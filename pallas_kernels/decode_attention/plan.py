@@ -68,8 +68,10 @@ class Shape:
         W, heads = plan.warpgroups, self.heads(plan)
         ring = 2 * W * plan.stages * plan.keys * self.H
         passing = heads * (2 * self.H + W * plan.keys)
-        exchange = Exchange(self.H, heads, W, plan.splits)
-        exchanged = exchange.smem_bytes() if plan.meeting == "cluster" else 0
+        through_memory = plan.meeting == "grid" and plan.splits > 1
+        exchanged = (
+            0 if through_memory or W * plan.splits == 1 else Exchange(self.H, heads, W, plan.splits).smem_bytes()
+        )
         return 2 * (ring + passing) + exchanged + 1024 * (heads // 8 + 2)
 
     def blocks_per_sm(self, plan: Plan) -> int:
@@ -95,6 +97,8 @@ def default_plan(shape: Shape, num_sms: int) -> Plan:
     rows, are a matter of bandwidth: as many blocks as there is room for, each with all heads.
     """
     tiles = -(-shape.capacity // PAGE)
+    if tiles == 1:
+        return Plan(PAGE, 1, 1, 1)
     rows = shape.B * shape.K
     room = num_sms // rows  # blocks of a row, one on each multiprocessor
     largest_cluster = MAX_CLUSTER if num_sms >= compat.NUM_SMS else 8
