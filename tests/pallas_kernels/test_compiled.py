@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, shapes
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.decode_attention.plan import Shape, default_plan
+from pallas_kernels.decode_attention.mosaic import decode_mosaic
+from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.flash_attention.backward import backward
 from pallas_kernels.flash_attention.reference import attention_reference
@@ -167,6 +168,22 @@ def test_decode_is_one_kernel_without_spills_whose_memory_does_not_grow_with_the
     assert by_cluster or case.S > 4096 or case.B > 1, "short caches are a matter of latency"
     assert [kernel.name for kernel in report.kernels] == ["decode_attention_mosaic_gpu_kernel"]
     assert report.temp_bytes <= PARTIAL_SUMS_BYTES
+
+
+def layers(q, caches, lengths):
+    """Attention of one token in layer after layer, blocks meeting in the grid."""
+    for keys, values in caches:
+        q = decode_mosaic(q, keys, values, lengths, None, "float32", 0.125, None, plan=Plan(64, 1, 2, 16, "grid"))
+    return q
+
+
+@pytest.mark.parametrize("model", ["falcon-7b", "falcon-40b"])
+def test_one_launch_sets_the_semaphores_of_all_layers_to_zero(compiler, model):
+    arguments = decode_arguments(shapes.decode_case(model, 32768))
+    caches = [(arguments["keys"], arguments["values"])] * 3
+    report = compiler.compile(layers, arguments["q"], caches, arguments["lengths"])
+    require_no_problems(report)
+    assert report.launches == ("fusion", *["mosaic_gpu_v2"] * 3)
 
 
 # That the checks above can fail.

@@ -1,5 +1,7 @@
 """The backward kernels, interpreted: gradients against float32, the order of work, and who adds to which tile of dQ."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from pallas_kernels import shapes
 from pallas_kernels.flash_attention import backward as kernel
 from pallas_kernels.flash_attention.backward_order import KEYS, KeyOrder, Problem, heads_per_block
+from pallas_kernels.flash_attention.mosaic import attention_mosaic
 from pallas_kernels.flash_attention.reference import attention_xla_with_lse
 from tests.pallas_kernels.interpreted import interpreted
 
@@ -44,13 +47,34 @@ def arguments(case, inputs, out, lse, dout) -> tuple:
 
 
 def check(case, blocks=None, with_dlse=False, seed=11):
+    """The backward kernel alone, on the output and log-sum-exp of the float32 reference."""
     inputs, cotangents = case.draw(), draw_cotangents(case, with_dlse, seed)
     out, lse, exact = reference(case, inputs, cotangents, jnp.float32)
-    *_, same = reference(case, inputs, cotangents, case.dtype)
     dlse = pad(cotangents[1]) if with_dlse else None
     with interpreted():
         got = kernel.backward(*arguments(case, inputs, out, lse, cotangents[0]), dlse=dlse, blocks=blocks)
         got = jax.block_until_ready(got)
+    return require_close(case, inputs, cotangents, got, exact)
+
+
+def check_both_kernels(case, seed):
+    """What `attention` runs: the backward kernel, on the output and log-sum-exp of the forward kernel."""
+    inputs, cotangents = case.draw(), draw_cotangents(case, seed=seed)
+    *_, exact = reference(case, inputs, cotangents, jnp.float32)
+
+    def attend(q, k, v):
+        options = (inputs[name] for name in ("query_offset", "lengths", "slopes", "alibi"))
+        result: Any = attention_mosaic(q, k, v, *options, case.scale)
+        return result[0]
+
+    with interpreted():
+        _, pull_back = jax.vjp(attend, *(inputs[name] for name in "qkv"))
+        got = jax.block_until_ready(pull_back(cotangents[0]))
+    return require_close(case, inputs, cotangents, got, exact)
+
+
+def require_close(case, inputs, cotangents, got, exact):
+    *_, same = reference(case, inputs, cotangents, case.dtype)
     for name, ours, theirs, right in zip("qkv", got, same, exact):
         assert ours.dtype == case.dtype and ours.shape == inputs[name].shape
         error = np.max(np.abs(ours.astype(jnp.float32) - right))
@@ -72,13 +96,11 @@ def toy(*names):
     return [case for case in shapes.TOY_ATTENTION if case.name in names]
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="delta comes from the output as rounded (benchmarks/LOG.md)")
-@pytest.mark.parametrize(
-    "case", toy("shared, past a tile of 128", "grouped rows, one of them empty", "hf_bf16"), ids=str
-)
-def test_gradients_stay_within_twice_the_error_for_these_cotangents_too(case):
-    """Known to be missed, by up to 1.3 times, as for no other of the toy cases with this seed."""
-    check(case, seed=9)
+@pytest.mark.parametrize("case", shapes.TOY_ATTENTION, ids=str)
+def test_gradients_of_both_kernels_together_stay_within_twice_the_error_of_the_reference(case):
+    """The cotangents are the hardest found for the backward kernel alone: fed the reference's output, which `attention`
+    never does, it is over for dQ in three cases, by up to 1.3 times."""
+    check_both_kernels(case, seed=9)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
