@@ -49,8 +49,8 @@ def measure(T: int) -> dict[str, Any]:
     """What the compiler plans for beside arguments and results, forwards and with gradients, and the forward peak.
 
     peak_bytes_before: what JAX had held at most before the call. peak_extra_bytes: the most that it held at once less
-    what was there before and the result; None where something before took more. JAX's
-    allocator counts whole chunks, which can be up to 128 MiB larger than what was asked for.
+    what was there before and the result; None where something before took more. JAX's allocator counts whole chunks,
+    which can be up to 128 MiB larger than what was asked for.
     """
     case = shapes.attention_case(MODEL, T)
 

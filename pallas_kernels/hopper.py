@@ -30,6 +30,11 @@ def tiled(*shape: int, dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Any:
+    """float32 registers in a layout, all of one value."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
 def rounded(x: Any, dtype: DTypeLike) -> Any:
     """float32 with the precision of `dtype`; inside a kernel, where no compiler drops a cast there and back."""
     return x.astype(dtype).astype(jnp.float32)

@@ -25,6 +25,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_kernels import hopper
+
 MATRIX = plgpu.Layout.WGMMA
 PER_HEAD = MATRIX.reduce(0)
 SCALAR = plgpu.Layout.WG_SPLAT
@@ -143,7 +145,7 @@ class Exchange:
                 exists = arith.cmpi(arith.CmpIPredicate.ult, index, _int(self.pieces))
                 with mgpu.utils.when(exists):
                     group = arith.remui(index, _int(self.head_groups))
-                    head = arith.addi(arith.muli(group, _int(8)), arith.muli(_lane_column(thread), _int(2)))
+                    head = arith.addi(arith.muli(group, _int(8)), hopper.first_column())
                     results = []
                     for w in range(self.warpgroups):
                         at = arith.addi(arith.muli(arith.addi(index, _int(w * self.pieces)), _int(_THREADS)), thread)
@@ -233,7 +235,7 @@ class Exchange:
         piece, (_, total_a, _, total_b) = _merged(results)
         index = arith.divui(share, _int(_WARPS))
         head = arith.muli(arith.remui(index, _int(self.head_groups)), _int(8))
-        head = arith.addi(head, arith.muli(_lane_column(lane), _int(2)))
+        head = arith.addi(head, hopper.first_column())
         row = arith.muli(arith.divui(index, _int(self.head_groups)), _int(64))
         row = arith.addi(row, arith.muli(arith.remui(share, _int(_WARPS)), _int(16)))
         row = arith.addi(row, arith.divui(lane, _int(4)))
@@ -269,7 +271,7 @@ def over_keys(operation: str, x: jax.Array, scratch: Any, parity: Any) -> jax.Ar
         thread = _thread()
         warp, lane = arith.divui(thread, _int(_LANES)), arith.remui(thread, _int(_LANES))
         start = arith.addi(_start(scratch), arith.muli(_scalar(parity), _int(4 * heads * _WARPS)))
-        mine = arith.muli(_lane_column(lane), _int(2 * 4 * _WARPS))  # heads 0, 2, 4 or 6 of each 8
+        mine = arith.muli(hopper.first_column(), _int(4 * _WARPS))
         writes = arith.cmpi(arith.CmpIPredicate.ult, lane, _int(4))
         for group in range(heads // 8):
             column = list(registers[:, group].reshape(-1))
@@ -352,11 +354,6 @@ def _element(pair: ir.Value, i: int) -> ir.Value:
 def _thread() -> ir.Value:
     """Of the warpgroup."""
     return arith.remui(mgpu.thread_idx(), _int(_THREADS))
-
-
-def _lane_column(lane: ir.Value) -> ir.Value:
-    """Which two of 8 columns are a thread's: 0 to 3."""
-    return arith.remui(lane, _int(4))
 
 
 def _start(ref: ir.Value) -> ir.Value:

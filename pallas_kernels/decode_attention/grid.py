@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_attention.cluster import fence_memory
 from pallas_kernels.decode_attention.plan import Plan, Shape
 from pallas_kernels.flash_attention.reference import MASKED
+from pallas_kernels.hopper import filled
 
-TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 # Several results [results, 8 heads, some of H]: a warp takes every fourth, a thread two numbers of a head.
 PARTIALS = plgpu.Layout.TILED(plgpu.Tiling(((4, 8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
@@ -34,9 +34,8 @@ def units(H: int, num_streams: int) -> list[tuple[int, int]]:
 
 def outputs(shape: Shape, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     """Arrays for what is published, by name."""
-    num_streams = plan.splits * plan.warpgroups
-    largest_chunk, _ = units(shape.H, num_streams)[-1]
-    num_results = -(-num_streams // largest_chunk) * largest_chunk
+    largest_chunk, _ = units(shape.H, plan.num_streams)[-1]
+    num_results = -(-plan.num_streams // largest_chunk) * largest_chunk
     dims = (shape.B, shape.K * shape.head_blocks(plan), num_results, shape.heads(plan))
     rests = {"sums": (shape.H,), "maxima": (), "totals": ()}
     return {name: jax.ShapeDtypeStruct((*dims, *rest), jnp.float32) for name, rest in rests.items()}
@@ -47,7 +46,7 @@ def combine(warpgroup: Any, num_tiles: Any, results: tuple[Any, Any, Any]) -> No
 
     warpgroup: the kernel's. num_tiles: of the row. results: sums, maxima and totals of this warpgroup.
     """
-    num_active = jnp.clip(num_tiles, 1, warpgroup.num_streams)
+    num_active = jnp.clip(num_tiles, 1, warpgroup.plan.num_streams)
     _Combination(warpgroup, num_active).run(*results)
 
 
@@ -71,7 +70,7 @@ class _Combination:
     def publish(self, sums: Any, maxima: Any, totals: Any) -> None:
         """Leaves this warpgroup's results where the others find them."""
         at = (self.row, self.pair, self.stream)
-        self.arrays["sums"].at[at].transpose((1, 0))[...] = plgpu.layout_cast(sums, TRANSPOSED)
+        self.arrays["sums"].at[at].transpose((1, 0))[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
         _store(self.arrays["maxima"].at[at], maxima)
         _store(self.arrays["totals"].at[at], totals)
         if not self.settings.interpretable:
@@ -101,7 +100,7 @@ class _Combination:
     def share_out(self) -> None:
         """The first warpgroup of each block that has published does it: Pallas reduces for one at a time."""
         is_worker = (self.index == 0) & (self.split < self.num_active)
-        sizes, fewer = units(self.shape.H, self.warpgroup.num_streams), 1
+        sizes, fewer = units(self.shape.H, self.plan.num_streams), 1
         for (chunk, rows), unit_smem in zip(sizes, self.smem["units_smem"]):
             fits = (self.num_active > fewer) & ((self.num_active <= chunk) | (chunk == sizes[-1][0]))
             finish = functools.partial(self.finish, chunk, rows, unit_smem)
@@ -142,9 +141,9 @@ class _Combination:
 
             of_a_head = PARTIALS.reduce(2).reduce(0)
             empty = (
-                _filled((8, rows), 0.0, PARTIALS.reduce(0)),
-                _filled((8,), MASKED, of_a_head),
-                _filled((8,), 0.0, of_a_head),
+                filled((8, rows), 0.0, PARTIALS.reduce(0)),
+                filled((8,), MASKED, of_a_head),
+                filled((8,), 0.0, of_a_head),
             )
             sums, _, totals = lax.fori_loop(0, pl.cdiv(self.num_active, chunk), add, empty)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -159,10 +158,6 @@ class _Combination:
         num_units = head_units * (self.shape.H // rows)
         lax.fori_loop(0, pl.cdiv(num_units - self.split, num_workers), combine_unit, None)
         plgpu.wait_smem_to_gmem(0)
-
-
-def _filled(dims: tuple[int, ...], value: Any, layout: Any) -> Any:
-    return plgpu.layout_cast(jnp.full(dims, value, jnp.float32), layout)
 
 
 def _store(ref: Any, x: Any) -> None:

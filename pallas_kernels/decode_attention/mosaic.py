@@ -33,12 +33,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat
 from pallas_kernels.decode_attention import cluster, grid
 from pallas_kernels.decode_attention.cluster import MATRIX, PER_HEAD
-from pallas_kernels.decode_attention.plan import MAX_HEADS, PAGE, Plan, Shape, default_plan
+from pallas_kernels.decode_attention.plan import MAX_HEADS, PAGE, REDUCTION_BYTES, Plan, Shape, default_plan
 from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
-from pallas_kernels.hopper import LOG2E, rounded, tiled
+from pallas_kernels.hopper import LOG2E, filled, rounded, tiled
 
-# Registers of the matrix instruction's results; of one value a head (a column of it), and of one a key (a row of it).
-TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+# Registers of one value a key: a row of the scores.
 PER_KEY = MATRIX.reduce(1)
 # 8 heads of 64 elements, four to a thread: what a copy within shared memory goes by.
 QUERIES = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -115,8 +114,8 @@ def _launch(
     if not interpretable:
         shape.check(plan, num_sms)
     # The interpreter has no semaphores, but clusters; and results go through memory there.
+    exchange = None if interpretable else shape.exchange(plan)
     by_cluster = plan.splits > 1 and (plan.meeting == "cluster" or interpretable)
-    through_memory = (plan.splits > 1 and plan.meeting == "grid") or interpretable
     W, heads, head_blocks = plan.warpgroups, shape.heads(plan), shape.head_blocks(plan)
     has_slopes = slopes is not None and shape.G > 1
 
@@ -131,7 +130,7 @@ def _launch(
         "v_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
         "p_smem": smem(W, heads, plan.keys),
     }
-    if shape.G % 8:  # copies into the order that the matrix instruction reads come 8 rows at a time, and 71 do not
+    if not shape.heads_fill_tiles:
         scratch["plain_smem"] = plgpu.SMEM((heads, 1, H), q.dtype)
     if W > 1:
         scratch["gathered"] = plgpu.Barrier(num_arrivals=W)
@@ -141,14 +140,13 @@ def _launch(
         scratch["reduction_smem"] = plgpu.SMEM((W, 2, heads, 4), jnp.float32)
     grouped = jax.ShapeDtypeStruct((B, K, shape.G, 1, H), q.dtype)
     outputs = {"out": grouped}
-    num_streams = plan.splits * W
-    if num_streams > 1 and through_memory:
+    if exchange is not None:
+        scratch["exchange"] = exchange.buffers()
+    elif plan.num_streams > 1:
         outputs |= grid.outputs(shape, plan)
-        scratch["units_smem"] = [plgpu.SMEM((8, 1, rows), q.dtype) for _, rows in grid.units(H, num_streams)]
+        scratch["units_smem"] = [plgpu.SMEM((8, 1, rows), q.dtype) for _, rows in grid.units(H, plan.num_streams)]
         if by_cluster:
             scratch["met"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=W)
-    elif num_streams > 1:
-        scratch["exchange"] = cluster.Exchange(H, heads, W, plan.splits).buffers()
     kv = K * head_blocks
     if by_cluster:
         blocks = {"grid": (B, kv), "grid_names": ("row", "kv"), "cluster": (plan.splits,), "cluster_names": ("split",)}
@@ -161,7 +159,7 @@ def _launch(
         slopes = jnp.pad(slopes.reshape(K, shape.G), ((0, 0), (0, padding))).reshape(-1)
     inputs = {"q": q.reshape(grouped.shape), "k": keys, "v": values, "lengths": lengths}
     inputs |= {name: x for name, x in {"slopes": slopes, "table": page_table}.items() if x is not None}
-    settings = _Settings(shape, plan, alibi, scale, interpretable)
+    settings = _Settings(shape, plan, exchange, alibi, scale, interpretable)
 
     def body(*arrays: Any, **smem: Any) -> None:
         _Warpgroup(settings, dict(zip([*inputs, *outputs], arrays)), smem).run()
@@ -173,7 +171,9 @@ def _launch(
         num_threads=W,
         thread_name="warpgroup",
         kernel_name="decode_attention",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16384 if through_memory else 0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES if plan.through_memory else 0
+        ),
         **blocks,
     )(*inputs.values())
     return out.reshape(q.shape)
@@ -181,10 +181,11 @@ def _launch(
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What a kernel is compiled for, beside its arrays."""
+    """What a kernel is compiled for, beside its arrays. exchange: None where results go through memory, or nowhere."""
 
     shape: Shape
     plan: Plan
+    exchange: cluster.Exchange | None
     alibi: str
     scale: float
     interpretable: bool
@@ -203,24 +204,22 @@ class _Warpgroup:
         self.index = lax.axis_index("warpgroup")
         self.kv_head = lax.div(self.pair, jnp.int32(head_blocks))
         self.first_head = lax.rem(self.pair, jnp.int32(head_blocks)) * self.heads  # of the KV head's
-        self.takes_rows_of_8 = "plain_smem" not in smem
+        self.is_paged = "table" in arrays
         # Tiles are dealt out to all warpgroups of all blocks, one each and then from the first again.
-        self.exchange = cluster.Exchange(self.shape.H, self.heads, self.plan.warpgroups, self.plan.splits)
-        self.num_streams = self.plan.splits * self.plan.warpgroups
         self.stream = self.index * self.plan.splits + self.split
 
     def run(self) -> None:
         # The first tile is the same whatever the row's length is, and need not wait for that; of pages it does.
-        early = self.arrays.get("table") is None
+        early = not self.is_paged
         has_first = self.stream * self.plan.keys < self.shape.capacity
         length = jnp.minimum(self.arrays["lengths"][self.row], self.shape.capacity)
         pl.when(self.index == 0)(self.copy_queries)
         if early:
             pl.when(has_first)(lambda: self.copy_tile(jnp.int32(0), None))
-        if "exchange" in self.smem:
-            self.exchange.open(self.smem["exchange"], self.index, self.split)
+        if self.settings.exchange is not None:
+            self.settings.exchange.open(self.smem["exchange"], self.index, self.split)
         num_tiles = pl.cdiv(length, self.plan.keys)
-        num_mine = pl.cdiv(num_tiles - self.stream, self.num_streams)
+        num_mine = pl.cdiv(num_tiles - self.stream, self.plan.num_streams)
         for n in range(1 if early else 0, self.plan.stages):
             pl.when(n < num_mine)(functools.partial(self.copy_tile, jnp.int32(n), length))
         self.take_queries()
@@ -233,10 +232,10 @@ class _Warpgroup:
                 plgpu.barrier_wait(self.smem["k_full"].at[self.barrier(0)])
                 plgpu.barrier_wait(self.smem["v_full"].at[self.barrier(0)])
 
-        if self.num_streams == 1:
+        if self.plan.num_streams == 1:
             self.store(*results)
-        elif "exchange" in self.smem:
-            self.combine_in_cluster(*results)
+        elif self.settings.exchange is not None:
+            self.combine_in_cluster(self.settings.exchange, *results)
         else:
             grid.combine(self, num_tiles, results)
 
@@ -245,7 +244,7 @@ class _Warpgroup:
     def copy_queries(self) -> None:
         heads = pl.ds(self.first_head, self.heads)
         q = self.arrays["q"].at[self.row, self.kv_head, heads]
-        if self.takes_rows_of_8:
+        if self.shape.heads_fill_tiles:
             q, target = q.at[:, 0], self.smem["q_smem"]
         else:
             target = self.smem["plain_smem"]
@@ -258,7 +257,7 @@ class _Warpgroup:
     def take_queries(self) -> None:
         """Waits for the queries, and moves them into the order that the matrix instruction reads."""
         plgpu.barrier_wait(self.smem["q_full"])
-        if self.takes_rows_of_8:
+        if self.shape.heads_fill_tiles:
             return
 
         @pl.when(self.index == 0)
@@ -276,7 +275,7 @@ class _Warpgroup:
 
     def first_key(self, n: Any) -> Any:
         """Position of the first key of this warpgroup's n-th tile."""
-        return (self.stream + n * self.num_streams) * self.plan.keys
+        return (self.stream + n * self.plan.num_streams) * self.plan.keys
 
     def slot(self, n: Any) -> Any:
         return lax.rem(n, jnp.int32(self.plan.stages))
@@ -293,7 +292,7 @@ class _Warpgroup:
         source, slot = self.arrays[name], self.slot(n)
         target = self.smem[f"{name}_smem"].at[self.index, slot]
         full = self.smem[f"{name}_full"].at[self.barrier(slot)]
-        if "table" not in self.arrays:
+        if not self.is_paged:
             tile = source.at[self.row, pl.ds(self.first_key(n), self.plan.keys), self.kv_head]
             plgpu.copy_gmem_to_smem(tile, target, full)
             return
@@ -312,7 +311,7 @@ class _Warpgroup:
         if "slope_smem" in self.smem:
             slope = plgpu.load(self.smem["slope_smem"], layout=PER_HEAD)
         elif "slopes" in self.arrays:
-            slope = _filled((heads,), self.arrays["slopes"][self.kv_head], PER_HEAD)
+            slope = filled((heads,), self.arrays["slopes"][self.kv_head], PER_HEAD)
         p_smem = self.smem["p_smem"].at[self.index]
 
         def step(n, carry):
@@ -351,7 +350,7 @@ class _Warpgroup:
             return sums, new_maxima, totals
 
         # Totals stay apart by row of a tile until the end: adding those up costs more than adding tiles up.
-        empty = _filled((H, heads), 0.0, MATRIX), _filled((heads,), MASKED, PER_HEAD), _filled((64, heads), 0.0, MATRIX)
+        empty = filled((H, heads), 0.0, MATRIX), filled((heads,), MASKED, PER_HEAD), filled((64, heads), 0.0, MATRIX)
         sums, maxima, totals = lax.fori_loop(0, num_mine, step, empty)
         parity = lax.rem(jnp.maximum(num_mine, 0), jnp.int32(2))
         return sums, maxima, self.over_keys("add", totals, parity)
@@ -384,19 +383,19 @@ class _Warpgroup:
         sums = (sums * _over_keys(factor, sums.shape)).astype(self.dtype)
         out = self.arrays["out"].at[self.row, self.kv_head, pl.ds(self.first_head, self.heads)]
         # Over the queries, in either form.
-        if self.takes_rows_of_8:
+        if self.shape.heads_fill_tiles:
             out, out_smem = out.at[:, 0], self.smem["q_smem"]
             out_smem.transpose((1, 0))[...] = sums
         else:
             out_smem = self.smem["plain_smem"]
-            out_smem.at[:, 0].transpose((1, 0))[...] = plgpu.layout_cast(sums, TRANSPOSED)
+            out_smem.at[:, 0].transpose((1, 0))[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out)
         plgpu.wait_smem_to_gmem(0)
 
-    def combine_in_cluster(self, sums: Any, maxima: Any, totals: Any) -> None:
+    def combine_in_cluster(self, exchange: cluster.Exchange, sums: Any, maxima: Any, totals: Any) -> None:
         """Combines results through the shared memory of the blocks: within each, then among them."""
-        exchange, smem = self.exchange, self.smem["exchange"]
+        smem = self.smem["exchange"]
         exchange.wait_for_all_open()
         if self.plan.warpgroups == 1:
             exchange.send(smem, self.split, sums, maxima, totals)
@@ -411,10 +410,6 @@ class _Warpgroup:
         first_row = (self.row * self.shape.K + self.kv_head) * self.shape.G + self.first_head
         num_heads = self.shape.G - self.first_head
         exchange.finish(smem, self.arrays["out"], self.index, self.split, first_row, num_heads)
-
-
-def _filled(dims: tuple[int, ...], value: Any, layout: Any) -> Any:
-    return plgpu.layout_cast(jnp.full(dims, value, jnp.float32), layout)
 
 
 def _over_keys(x: Any, dims: tuple[int, ...]) -> Any:

@@ -8,6 +8,8 @@ from pallas_kernels.decode_attention.cluster import Exchange
 PAGE = 64  # slots of a page
 MAX_HEADS = {64: 80, 128: 64}  # query heads a block can hold in registers, by head dim
 MAX_CLUSTER = 16  # blocks of a cluster
+REDUCTION_BYTES = 16384  # for sums over results that lie in memory: with less they wait for one another
+SCRATCH_BYTES = 10240  # barriers, slopes, pieces of the result and room to align them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Plan:
         if self.meeting == "cluster" and self.splits > MAX_CLUSTER:
             raise ValueError(f"{self}: a cluster has at most {MAX_CLUSTER} blocks")
 
+    @property
+    def num_streams(self) -> int:
+        """Warpgroups that share the keys of one row and KV head, and then combine."""
+        return self.splits * self.warpgroups
+
+    @property
+    def through_memory(self) -> bool:
+        """Whether they combine in the GPU's memory."""
+        return self.meeting == "grid" and self.splits > 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -63,16 +75,24 @@ class Shape:
         """Independent pieces of work: rows times KV heads (times blocks of query heads)."""
         return self.B * self.K * self.head_blocks(plan)
 
+    @property
+    def heads_fill_tiles(self) -> bool:
+        """Whether copies can put queries into the order that the matrix instruction reads: 8 heads at a time."""
+        return self.G % 8 == 0
+
+    def exchange(self, plan: Plan) -> Exchange | None:
+        """What warpgroups and blocks send each other; None where there is one, or where they combine in memory."""
+        if plan.num_streams == 1 or plan.through_memory:
+            return None
+        return Exchange(self.H, self.heads(plan), plan.warpgroups, plan.splits)
+
     def smem_bytes(self, plan: Plan) -> int:
-        """Shared memory of a block, but for some KiB of scratch."""
-        W, heads = plan.warpgroups, self.heads(plan)
+        """Shared memory of a block at most."""
+        W, heads, exchange = plan.warpgroups, self.heads(plan), self.exchange(plan)
         ring = 2 * W * plan.stages * plan.keys * self.H
-        passing = heads * (2 * self.H + W * plan.keys)
-        through_memory = plan.meeting == "grid" and plan.splits > 1
-        exchanged = (
-            0 if through_memory or W * plan.splits == 1 else Exchange(self.H, heads, W, plan.splits).smem_bytes()
-        )
-        return 2 * (ring + passing) + exchanged + 1024 * (heads // 8 + 2)
+        passing = heads * ((1 if self.heads_fill_tiles else 2) * self.H + W * plan.keys)
+        exchanged = exchange.smem_bytes() if exchange else REDUCTION_BYTES * plan.through_memory
+        return 2 * (ring + passing) + exchanged + 32 * W * heads + SCRATCH_BYTES
 
     def blocks_per_sm(self, plan: Plan) -> int:
         """Blocks that a multiprocessor holds for sure: by shared memory, and by registers, at most 255 a thread."""
@@ -82,11 +102,9 @@ class Shape:
         """Raises ValueError where the plan cannot run: blocks would wait for others that never start."""
         if (asked := self.smem_bytes(plan)) > compat.MAX_SMEM_BYTES:
             raise ValueError(f"{plan}: {asked} bytes of shared memory, and a block can have {compat.MAX_SMEM_BYTES}")
-        room = num_sms * self.blocks_per_sm(plan)
-        if plan.meeting == "grid" and self.pairs(plan) * plan.splits > room:
-            raise ValueError(
-                f"{plan}: {self.pairs(plan) * plan.splits} blocks must run at once, and the GPU holds {room}"
-            )
+        room, num_blocks = num_sms * self.blocks_per_sm(plan), self.pairs(plan) * plan.splits
+        if plan.through_memory and num_blocks > room:
+            raise ValueError(f"{plan}: {num_blocks} blocks must run at once, and the GPU holds {room}")
 
 
 def default_plan(shape: Shape, num_sms: int) -> Plan:
@@ -96,9 +114,10 @@ def default_plan(shape: Shape, num_sms: int) -> Plan:
     since what blocks send each other grows with their heads and is slower than reading keys twice. Long ones, and many
     rows, are a matter of bandwidth: as many blocks as there is room for, each with all heads.
     """
-    tiles = -(-shape.capacity // PAGE)
+    keys, stages = 64, 4 if shape.H == 64 else 2
+    tiles = -(-shape.capacity // keys)
     if tiles == 1:
-        return Plan(PAGE, 1, 1, 1)
+        return Plan(keys, 1, 1, 1)
     rows = shape.B * shape.K
     room = num_sms // rows  # blocks of a row, one on each multiprocessor
     largest_cluster = MAX_CLUSTER if num_sms >= compat.NUM_SMS else 8
@@ -106,13 +125,12 @@ def default_plan(shape: Shape, num_sms: int) -> Plan:
         splits = min(largest_cluster if room >= 2 * largest_cluster else 8, -(-tiles // 2))
         if tiles <= 2 * splits * (4 if shape.G > 16 else 8):
             head_blocks = min(room // splits, -(-shape.G // (24 if shape.H == 64 else 16)))
-            return Plan(PAGE, 2, 4 if shape.H == 64 else 2, splits, max_heads=-(-shape.G // head_blocks))
-    stages = 4 if shape.H == 64 else 2
+            return Plan(keys, 2, stages, splits, max_heads=-(-shape.G // head_blocks))
     if shape.G > 32 and 2 <= room <= 8:
-        return Plan(PAGE, 2, stages, min(tiles, room), "grid")
-    one = Plan(PAGE, 1, stages, 1)
+        return Plan(keys, 2, stages, min(tiles, room), "grid")
+    one = Plan(keys, 1, stages, 1)
     resident = num_sms * (1 if shape.G > 32 else shape.blocks_per_sm(one))
     splits = max(1, min(tiles, resident // shape.pairs(one)))
     if 4 <= room < 16:  # several blocks on a multiprocessor gain nothing where a cluster does
         splits = min(splits, room)
-    return Plan(PAGE, 1, stages, splits, "cluster" if splits <= 8 else "grid")
+    return Plan(keys, 1, stages, splits, "cluster" if splits <= 8 else "grid")

@@ -359,9 +359,9 @@ class _Warpgroup:
         self.wait_turn()
         s = self.multiply(start, self.q, self.smem["k_smem"].at[slot].transpose((1, 0)), self.pass_turn)
         plgpu.barrier_arrive(self.smem["k_free"].at[slot])
-        m = plgpu.layout_cast(jnp.full((ROWS,), LOWEST_MAXIMUM, jnp.float32), PER_ROW)
+        m = hopper.filled((ROWS,), LOWEST_MAXIMUM, PER_ROW)
         p, m, _ = self.weights(s, m)
-        o = plgpu.layout_cast(jnp.zeros(self.q.shape, jnp.float32), plgpu.Layout.WGMMA)
+        o = hopper.filled(self.q.shape, 0.0, plgpu.Layout.WGMMA)
         return _Softmax(o, m, p.sum(axis=1), p.astype(self.dtype))
 
     def step(self, start: jax.Array, state: _Softmax, slot: Any) -> tuple[_Softmax, Any]:

@@ -12,6 +12,7 @@ from pallas_kernels.flash_attention import backward as kernel
 from pallas_kernels.flash_attention.backward_order import KEYS, KeyOrder, Problem, heads_per_block
 from pallas_kernels.flash_attention.mosaic import attention_mosaic
 from pallas_kernels.flash_attention.reference import attention_xla_with_lse
+from tests.pallas_kernels import tolerance
 from tests.pallas_kernels.interpreted import interpreted
 
 
@@ -77,9 +78,7 @@ def require_close(case, inputs, cotangents, got, exact):
     *_, same = reference(case, inputs, cotangents, case.dtype)
     for name, ours, theirs, right in zip("qkv", got, same, exact):
         assert ours.dtype == case.dtype and ours.shape == inputs[name].shape
-        error = np.max(np.abs(ours.astype(jnp.float32) - right))
-        allowed = 2 * np.max(np.abs(theirs.astype(jnp.float32) - right)) + 1e-5
-        assert error <= allowed, f"d{name}: {error} > {allowed}"
+        tolerance.require_close(ours, theirs, right)
     return got
 
 

@@ -12,6 +12,7 @@ from pallas_kernels.flash_attention import forward as kernel
 from pallas_kernels.flash_attention.cudnn import alibi_columns
 from pallas_kernels.flash_attention.reference import attention_reference, attention_xla_with_lse
 from pallas_kernels.flash_attention.tiles import Tiles
+from tests.pallas_kernels import tolerance
 from tests.pallas_kernels.interpreted import interpreted
 
 
@@ -41,12 +42,10 @@ def test_interpreted_kernel_stays_within_twice_the_error_of_the_reference(case):
     exact, exact_lse = reference(case, inputs, jnp.float32)
     same, same_lse = reference(case, inputs, case.dtype)
     assert out.dtype == case.dtype and not np.any(np.isnan(out))
-    allowed = 2 * np.max(np.abs(same.astype(jnp.float32) - exact)) + 1e-5
-    assert np.max(np.abs(out.astype(jnp.float32) - exact)) <= allowed
+    tolerance.require_close(out, same, exact)
     seen = np.isfinite(exact_lse)
     np.testing.assert_array_equal(np.isneginf(lse), ~seen)
-    allowed = 2 * np.max(np.abs(same_lse - exact_lse), where=seen, initial=0) + 1e-5
-    assert np.max(np.abs(np.where(seen, lse - exact_lse, 0))) <= allowed
+    tolerance.require_close(*(jnp.where(seen, x, 0) for x in (lse, same_lse, exact_lse)))
     assert not np.any(out[~np.moveaxis(seen, 1, 2)])
 
 

@@ -1,0 +1,35 @@
+"""Logits of each variant with the kernels for Hopper, against XLA's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from falcon_jax.config import PRESETS
+from falcon_jax.model import params as model_params
+from falcon_jax.model.step import ForwardOptions
+from pallas_kernels import compat
+from tests.pallas_kernels.tolerance import require_close
+
+TOKENS = 300
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PRESETS)
+def test_logits_with_kernels_stay_within_twice_the_error_of_xla(name):
+    if (reason := compat.mosaic_reason()) is not None:
+        pytest.skip(reason)
+    config = dataclasses.replace(PRESETS[name], num_layers=2, vocab_size=512)
+    params = model_params.init(config, jax.random.key(0), jnp.bfloat16)
+    ids = jax.random.randint(jax.random.key(1), (1, TOKENS), 0, config.vocab_size)
+
+    def logits(attention, dtype):
+        def run(params, ids):
+            decoder = model_params.bind(config, params, ForwardOptions(attention=attention))
+            hidden, _ = decoder(ids)
+            return decoder.logits(hidden)
+
+        return jax.jit(run)(jax.tree.map(lambda x: x.astype(dtype), params), ids)
+
+    require_close(logits("mosaic", jnp.bfloat16), logits("xla", jnp.bfloat16), logits("xla", jnp.float32))
