@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import dataclasses
 import faulthandler
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -114,6 +115,7 @@ class Compiler:
 
     def __init__(self):
         self._opened = contextlib.ExitStack()
+        self._known: dict[str, dict[str, Any]] = {}
         self._process: Any = None
         self._log: Any = None
 
@@ -155,10 +157,11 @@ class Compiler:
         log = self._said_since(start)
         kernels, warnings = _read_ptxas(log)
         launch_configs, launches, temp_bytes, output_bytes = reply
-        return Report(_joined(kernels, launch_configs), warnings, launches, temp_bytes, output_bytes, log)
+        return Report(_joined(kernels, launch_configs, self._known), warnings, launches, temp_bytes, output_bytes, log)
 
     def _running(self) -> Any:
         if self._process is None:
+            self._known = {}
             self._log = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
             self._process = self._opened.enter_context(
                 subprocess.Popen(
@@ -210,18 +213,26 @@ def _read_ptxas(log: str) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     return kernels, tuple(warnings)
 
 
-def _joined(kernels: list[dict[str, Any]], launch_configs: list[tuple[str, int, int, int]]) -> tuple[Kernel, ...]:
-    """Adds to what ptxas knows of kernels what only their launches say."""
+def _joined(
+    kernels: list[dict[str, Any]],
+    launch_configs: list[tuple[str, str, int, int, int]],
+    known: dict[str, dict[str, Any]],
+) -> tuple[Kernel, ...]:
+    """Adds to what ptxas knows of kernels what only their launches say.
+
+    known: what ptxas said of kernels before, by digest, and gets what it says now: a process compiles each just once.
+    """
     waiting = list(kernels)
     joined = []
-    for name, num_blocks, num_threads, shared_memory_bytes in launch_configs:
-        kernel = next((kernel for kernel in waiting if kernel["name"] == f"{name}_mosaic_gpu_kernel"), None)
-        if kernel is None:
-            raise CompileError(f"ptxas said nothing of {name!r}, but of {[kernel['name'] for kernel in waiting]}")
-        waiting.remove(kernel)
-        joined.append(
-            Kernel(**kernel, num_blocks=num_blocks, num_threads=num_threads, shared_memory_bytes=shared_memory_bytes)
-        )
+    for name, digest, num_blocks, num_threads, shared_memory_bytes in launch_configs:
+        if digest not in known:
+            kernel = next((kernel for kernel in waiting if kernel["name"] == f"{name}_mosaic_gpu_kernel"), None)
+            if kernel is None:
+                raise CompileError(f"ptxas said nothing of {name!r}, but of {[kernel['name'] for kernel in waiting]}")
+            waiting.remove(kernel)
+            known[digest] = kernel
+        sizes: dict[str, Any] = {"num_blocks": num_blocks, "num_threads": num_threads}
+        joined.append(Kernel(**known[digest], **sizes, shared_memory_bytes=shared_memory_bytes))
     return tuple(joined)
 
 
@@ -301,8 +312,8 @@ def _launches(hlo: str) -> Iterator[str]:
 _NOTHING_TO_DO = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "async-update"}
 
 
-def _launch_configs(lowered: Any) -> list[tuple[str, int, int, int]]:
-    """Name, blocks, threads of a block and bytes of shared memory of each Mosaic kernel of a lowered function."""
+def _launch_configs(lowered: Any) -> list[tuple[str, str, int, int, int]]:
+    """Of each Mosaic kernel: name, digest, blocks, threads of a block and bytes of shared memory."""
     # Nothing public tells; kernels travel as serialised MLIR inside the module.
     from jax._src.interpreters import mlir
     from jax._src.lib import mosaic_gpu_dialect  # pyright: ignore[reportPrivateImportUsage]
@@ -325,7 +336,8 @@ def _launch_configs(lowered: Any) -> list[tuple[str, int, int, int]]:
         context.allow_unregistered_dialects = True
         with context:
             mosaic_gpu_dialect.register_dialect(context)
-            kernel = ir.Module.parse(ir.StringAttr(call.attributes["mhlo.backend_config"]["module"]).value_bytes)
+            module = ir.StringAttr(call.attributes["mhlo.backend_config"]["module"]).value_bytes
+            kernel, digest = ir.Module.parse(module), hashlib.sha256(module).hexdigest()
             name = ir.StringAttr(kernel.operation.attributes["sym_name"]).value
 
             def launch(operation: Any) -> None:
@@ -338,7 +350,7 @@ def _launch_configs(lowered: Any) -> list[tuple[str, int, int, int]]:
                     for segment in segments[1:7] + segments[10:11]
                 ]
                 grid_x, grid_y, grid_z, block_x, block_y, block_z, smem = (sum(values) for values in constants)
-                found.append((name, grid_x * grid_y * grid_z, block_x * block_y * block_z, smem))
+                found.append((name, digest, grid_x * grid_y * grid_z, block_x * block_y * block_z, smem))
 
             each(kernel.operation, "stable_mosaic_gpu.gpu.launch", launch)
 

@@ -189,6 +189,12 @@ def test_one_launch_sets_the_semaphores_of_all_layers_to_zero(compiler, model):
     assert report.launches == ("fusion", *["mosaic_gpu_v2"] * 3)
 
 
+def test_a_kernel_compiled_before_is_described_again(compiler):
+    arguments = decode_arguments(shapes.decode_case("falcon-rw-1b", 64))
+    first, again = (compiler.compile(decode_attention, **arguments) for _ in range(2))
+    assert first.kernels == again.kernels != ()
+
+
 # That the checks above can fail.
 
 
