@@ -2,8 +2,10 @@
 
 A program is a loop of dependent calls over several caches, so that launches follow one another as in decoding and no
 cache is read twice in a row. Where the caches together would stay in the GPU's second-level cache, a filler is read
-between rounds, as a model's weights would be; its own time is measured beside and taken off. The trap: XLA moves what
-does not change out of a loop and computes equal things once, hence a barrier before each call.
+between rounds, as a model's weights would be; its own time is measured beside and taken off. Two traps. XLA moves what does not change out of a loop and computes
+equal things once, hence a barrier before each call. And the first round of a program records its graph anew (some 7 us a
+launch), and every round costs the host some 36 us, both of which are none of the layer's: hence many rounds, and many
+calls in one that no filler's time makes up for.
 """
 
 import functools
@@ -26,7 +28,9 @@ FILLER = "filler"
 IMPLEMENTATION = "mosaic"
 NUM_CACHES = 16
 MAX_CACHES_BYTES = 8 * 2**30
-NUM_ROUNDS = 8
+MAX_ROUNDS = 32
+MAX_READ_BYTES = 16 * 2**30  # in a program
+PASSES_WITHOUT_FILLER = 4  # over the caches, in a round
 # More than twice the second-level cache of an H100 (50 MB) or an H200 (60 MB); of no use on a CPU.
 ROTATION_BYTES = {"cpu": 2**20, "gpu": 128 * 2**20}
 # Up to here a cache could stay in the second-level cache from one call to the next.
@@ -57,7 +61,7 @@ def contestants(case: shapes.DecodeCase, quick: bool) -> list[Entry]:
         name: str, attend: Attend, caches: Sequence[Cache] = caches, filler: Array | None = filler,
         checked: bool = True, **options: Any,
     ) -> Program:  # fmt: skip
-        run = _loop(attend, num_caches(case))
+        run = _loop(attend, calls_a_round(case), num_rounds(case))
         return Program(name, run, (q, caches, filler, lengths), num_checked=int(checked), **options)
 
     def one_query(q: Array, k: Array, v: Array, lengths: Array) -> Array:
@@ -87,16 +91,24 @@ def contestants(case: shapes.DecodeCase, quick: bool) -> list[Entry]:
         attend = functools.partial(_pallas_triton, grouped=case.K > 1)
         programs.append(make("JAX's Pallas-Triton example", attend, checked=slopes is None, reason=no_gpu))
     if filler is not None:
-        programs.append(Program(FILLER, _loop(None, 0), (q, [], filler, lengths)))
+        programs.append(Program(FILLER, _loop(None, 0, num_rounds(case)), (q, [], filler, lengths)))
     return prepare(Group(programs, Program("float32", exact, (q, caches, None, lengths)), PLAIN))
+
+
+def calls_a_round(case: shapes.DecodeCase) -> int:
+    return num_caches(case) * (1 if filler_bytes(case) else PASSES_WITHOUT_FILLER)
+
+
+def num_rounds(case: shapes.DecodeCase) -> int:
+    return max(2, min(MAX_ROUNDS, MAX_READ_BYTES // (calls_a_round(case) * case.cache_bytes)))
 
 
 def num_calls(case: shapes.DecodeCase) -> int:
     """Calls of one layer in a loop."""
-    return 1 + NUM_ROUNDS * num_caches(case)
+    return 1 + num_rounds(case) * calls_a_round(case)
 
 
-def _loop(attend: Attend | None, calls_a_round: int) -> Callable[..., tuple[Array, ...]]:
+def _loop(attend: Attend | None, calls_a_round: int, num_rounds: int) -> Callable[..., tuple[Array, ...]]:
     """The first call's result, to be checked, and the last one's."""
     # One function that is called again and again: a Mosaic kernel is then traced and compiled once, not 17 times: 4 s
     # and not 50.
@@ -114,7 +126,7 @@ def _loop(attend: Attend | None, calls_a_round: int) -> Callable[..., tuple[Arra
             return q
 
         first = q if layer is None else layer(q, *caches[0], lengths)
-        return first, jax.lax.fori_loop(0, NUM_ROUNDS, one_round, first)
+        return first, jax.lax.fori_loop(0, num_rounds, one_round, first)
 
     return run
 

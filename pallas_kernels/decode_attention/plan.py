@@ -8,6 +8,8 @@ from pallas_kernels.decode_attention.cluster import Exchange
 PAGE = 64  # slots of a page
 MAX_HEADS = {64: 80, 128: 64}  # query heads a block can hold in registers, by head dim
 MAX_CLUSTER = 16  # blocks of a cluster
+MAX_LARGE_CLUSTERS = 4  # of 16 blocks that certainly run at once: eight did not
+MAX_GRID_SPLITS = 128  # results that are combined in one go
 REDUCTION_BYTES = 16384  # for sums over results that lie in memory: with less they wait for one another
 SCRATCH_BYTES = 10240  # barriers, slopes, pieces of the result and room to align them
 
@@ -110,27 +112,33 @@ class Shape:
 def default_plan(shape: Shape, num_sms: int) -> Plan:
     """The plan for a GPU with that many multiprocessors, by what was measured on one of 132 (benchmarks/LOG.md).
 
-    Short caches of few rows are a matter of latency: clusters of up to 16 blocks, with the query heads shared out too,
-    since what blocks send each other grows with their heads and is slower than reading keys twice. Long ones, and many
-    rows, are a matter of bandwidth: as many blocks as there is room for, each with all heads.
+    Short caches of few rows are a matter of latency: clusters, with the query heads shared out too, since what blocks
+    send each other grows with their heads and is slower than reading keys twice. Long ones are a matter of bandwidth:
+    each block takes all heads, and the KV heads of the same keys are read at the same time, which the order of blocks
+    in a grid does better than that of clusters.
     """
     keys, stages = 64, 4 if shape.H == 64 else 2
-    tiles = -(-shape.capacity // keys)
+    tiles, rows = -(-shape.capacity // keys), shape.B * shape.K
+    room = num_sms // rows  # blocks of a row, one on each multiprocessor
+    is_short = tiles <= 16 * min(8, room)
+    many_heads = shape.G > 32
     if tiles == 1:
         return Plan(keys, 1, 1, 1)
-    rows = shape.B * shape.K
-    room = num_sms // rows  # blocks of a row, one on each multiprocessor
-    largest_cluster = MAX_CLUSTER if num_sms >= compat.NUM_SMS else 8
-    if room >= 16:
-        splits = min(largest_cluster if room >= 2 * largest_cluster else 8, -(-tiles // 2))
-        if tiles <= 2 * splits * (4 if shape.G > 16 else 8):
-            head_blocks = min(room // splits, -(-shape.G // (24 if shape.H == 64 else 16)))
-            return Plan(keys, 2, stages, splits, max_heads=-(-shape.G // head_blocks))
-    if shape.G > 32 and 2 <= room <= 8:
-        return Plan(keys, 2, stages, min(tiles, room), "grid")
-    one = Plan(keys, 1, stages, 1)
-    resident = num_sms * (1 if shape.G > 32 else shape.blocks_per_sm(one))
-    splits = max(1, min(tiles, resident // shape.pairs(one)))
-    if 4 <= room < 16:  # several blocks on a multiprocessor gain nothing where a cluster does
-        splits = min(splits, room)
-    return Plan(keys, 1, stages, splits, "cluster" if splits <= 8 else "grid")
+    if room == 0:
+        warpgroups = 1 if many_heads else 2 if shape.H == 128 else 4
+        return Plan(keys, warpgroups, 2, 1)
+    if is_short and room >= (64 if many_heads else 8):
+        return _short_plan(shape, keys, stages, tiles, room, num_sms)
+    if many_heads or not is_short:
+        warpgroups = 1 if many_heads and (shape.H == 128 or room == 1) else 2
+        return Plan(keys, warpgroups, stages, min(tiles, room, MAX_GRID_SPLITS), "grid")
+    resident = num_sms * shape.blocks_per_sm(Plan(keys, 1, stages, 1)) // rows
+    return Plan(keys, 1, stages, min(tiles, room if room >= 4 else resident, 8))
+
+
+def _short_plan(shape: Shape, keys: int, stages: int, tiles: int, room: int, num_sms: int) -> Plan:
+    """With clusters of 16 where a GPU holds so many: each has to find room in one part of it (GPC)."""
+    head_blocks = min(room // 8, -(-shape.G // (24 if shape.H == 64 else 16)))
+    clusters = shape.B * shape.K * head_blocks
+    most = MAX_CLUSTER if num_sms >= compat.NUM_SMS and clusters <= MAX_LARGE_CLUSTERS else 8
+    return Plan(keys, 2, stages, min(most, -(-tiles // 2)), max_heads=-(-shape.G // head_blocks))
