@@ -131,7 +131,8 @@ def default_plan(shape: Shape, num_sms: int) -> Plan:
         return _short_plan(shape, keys, stages, tiles, room, num_sms)
     if many_heads or not is_short:
         warpgroups = 1 if many_heads and (shape.H == 128 or room == 1) else 2
-        return Plan(keys, warpgroups, stages, min(tiles, room, MAX_GRID_SPLITS), "grid")
+        splits = min(tiles, room, MAX_GRID_SPLITS)
+        return Plan(keys, warpgroups, stages, splits, "grid" if many_heads or splits > 2 else "cluster")
     resident = num_sms * shape.blocks_per_sm(Plan(keys, 1, stages, 1)) // rows
     return Plan(keys, 1, stages, min(tiles, room if room >= 4 else resident, 8))
 

@@ -442,6 +442,11 @@ class _Warpgroup:
         out_smem[...] = out
         lse_smem[...] = lse
         plgpu.commit_smem()
-        rows = pl.ds(tile.first_query + self.index * ROWS, ROWS)
+        first, lse_array = tile.first_query + self.index * ROWS, self.block.arrays["lse"]
+        rows = pl.ds(first, ROWS)
         plgpu.copy_smem_to_gmem(out_smem, self.block.arrays["out"].at[tile.batch, rows, tile.head])
-        plgpu.copy_smem_to_gmem(lse_smem, self.block.arrays["lse"].at[tile.batch, tile.head, rows])
+
+        # A copy of one stretch of memory does not end where the row does, as others do: it would go on in the next head.
+        @pl.when(first < lse_array.shape[2])
+        def _copy_lse():
+            plgpu.copy_smem_to_gmem(lse_smem, lse_array.at[tile.batch, tile.head, rows])

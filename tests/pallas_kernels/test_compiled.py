@@ -173,6 +173,34 @@ def test_decode_is_one_kernel_without_spills_whose_memory_does_not_grow_with_the
     assert report.temp_bytes <= PARTIAL_SUMS_BYTES
 
 
+# A copy to device memory of one stretch alone: it does not stop at the end of an array's row, as copies of tiles do.
+STRETCH = "cp.async.bulk.global.shared"
+
+
+def copies_a_stretch(report: hopper.Report) -> bool:
+    assert "cp.async.bulk.tensor" in report.log, "a kernel compiled before is not printed again"
+    return STRETCH in report.log
+
+
+@pytest.mark.parametrize("model", ["falcon-7b", "falcon-180b"])
+@pytest.mark.parametrize("batch", [2, 3])
+def test_heads_that_fill_up_a_tile_are_not_written_into_the_next_row(compiler, model, batch):
+    """71 and 29 heads, for whom blocks have room for 72 and 32."""
+    for plan in (Plan(64, 1, 2, 1), Plan(64, 1, 2, 2, "grid"), Plan(64, 1, 2, 8, "grid")):
+        arguments = decode_arguments(shapes.decode_case(model, 2048, batch))
+        arrays = [arguments[name] for name in ("q", "keys", "values", "lengths")]
+        report = compiler.compile(decode_mosaic, *arrays, None, "float32", 0.125, None, plan=plan, dump=["ptx"])
+        assert not copies_a_stretch(report)
+
+
+def test_copies_of_a_stretch_are_told_from_others(compiler):
+    case = shapes.attention_case("falcon-rw-1b", 448)
+    report = compiler.compile(attention, **attention_arguments(case), dump=["ptx"])
+    assert copies_a_stretch(report), "the log-sum-exp"
+    arguments = backward_arguments(case)
+    assert not copies_a_stretch(compiler.compile(backward, **arguments, dump=["ptx"]))
+
+
 def layers(q, caches, lengths):
     """Attention of one token in layer after layer, blocks meeting in the grid."""
     for keys, values in caches:

@@ -58,6 +58,25 @@ def test_attention_at_full_size(case):
     require_close(out, plain(chunk), plain(in_float32(chunk, "q", "k", "v")))
 
 
+@pytest.mark.parametrize("model", shapes.HEADS)
+@pytest.mark.parametrize("tokens", [1024, 1001])
+def test_log_sum_exp_of_every_head_where_the_last_tile_of_queries_is_not_full(model, tokens):
+    """Its copies do not stop where a head ends, of their own accord."""
+    case = shapes.attention_case(model, tokens, batch=2)
+    inputs = case.draw(5)
+    alibi = inputs.pop("alibi")
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def lse(inputs, implementation):
+        options = {"scale": case.scale, "alibi": alibi, "implementation": implementation}
+        return attention(**inputs, **options, return_lse=True)[1]
+
+    made = lse(inputs, "mosaic")
+    for _ in range(20):
+        np.testing.assert_array_equal(made, lse(inputs, "mosaic"))
+    require_close(made, lse(inputs, "xla"), lse(in_float32(inputs, "q", "k", "v"), "xla"))
+
+
 BACKWARD = [
     *(shapes.attention_case(model, 1024) for model in shapes.HEADS),
     *(shapes.attention_case(model, 1001, dtype="float16") for model in ("falcon-rw-1b", "falcon-40b-alibi")),
