@@ -2,10 +2,11 @@
 
 A program is a loop of dependent calls over several caches, so that launches follow one another as in decoding and no
 cache is read twice in a row. Where the caches together would stay in the GPU's second-level cache, a filler is read
-between rounds, as a model's weights would be; its own time is measured beside and taken off. Two traps. XLA moves what does not change out of a loop and computes
-equal things once, hence a barrier before each call. And the first round of a program records its graph anew (some 7 us a
-launch), and every round costs the host some 36 us, both of which are none of the layer's: hence many rounds, and many
-calls in one that no filler's time makes up for.
+between rounds, as a model's weights would be; its own time is measured beside and taken off.
+
+Two traps. XLA moves what does not change out of a loop and computes equal things once, hence a barrier before each
+call. And a program's first round records its graph anew (some 7 us a launch), and every round costs the host some
+36 us, neither of which is the layer's: hence many rounds, and many calls in one that no filler's time makes up for.
 """
 
 import functools

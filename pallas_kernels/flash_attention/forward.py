@@ -446,7 +446,7 @@ class _Warpgroup:
         rows = pl.ds(first, ROWS)
         plgpu.copy_smem_to_gmem(out_smem, self.block.arrays["out"].at[tile.batch, rows, tile.head])
 
-        # A copy of one stretch of memory does not end where the row does, as others do: it would go on in the next head.
+        # A copy of one stretch of memory does not end where the row does, as others do, but goes on in the next head.
         @pl.when(first < lse_array.shape[2])
         def _copy_lse():
             plgpu.copy_smem_to_gmem(lse_smem, lse_array.at[tile.batch, tile.head, rows])
