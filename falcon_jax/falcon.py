@@ -8,7 +8,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from falcon_jax.config import FalconConfig
 from falcon_jax.errors import RequestError
 from falcon_jax.generate.engine import CHUNK, Engine, Model
 from falcon_jax.generate.sampling import Sampling
+from falcon_jax.generate.speculate import check_num_drafted
 from falcon_jax.generate.stopping import RowText, check_stop_strings
+from falcon_jax.generate.streaming import TextStream
 from falcon_jax.model import params as model_params
 from falcon_jax.model.cache import cache_bytes
+from falcon_jax.model.quantize import require_weights
 from falcon_jax.model.step import ForwardOptions
 from falcon_jax.tokenizer import Tokenizer
 
@@ -51,6 +54,8 @@ class Completion:
       finish_reason: "stop" (end-of-text token or stop string) or "length" (max_new_tokens).
       prompt_index: which prompt of the call it continues.
       sample_index: which of that prompt's num_samples it is.
+      num_steps: passes of the model that it took part in after its prompt's, which gave the first token; with
+        `speculate` fewer than its tokens. Says how it was made and not what it is: comparisons leave it out.
     """
 
     text: str | None
@@ -59,6 +64,7 @@ class Completion:
     finish_reason: str
     prompt_index: int = 0
     sample_index: int = 0
+    num_steps: int = dataclasses.field(default=0, compare=False)
 
 
 class Falcon:
@@ -117,7 +123,8 @@ class Falcon:
           path: an orbax folder that `convert` made, a Hugging Face folder, or a hub id; None: the bundled
             falcon-nano.
           dtype: of parameters, activations and cache: "bfloat16", "float32" or "float16".
-          weights: "native", the `dtype`; no other form is supported in this version.
+          weights: of the blocks' projections: "native", the `dtype`; or "int8" (a scale for each output) or "int4" (a
+            scale for 128 inputs), stored so by `convert` or rounded while they are loaded.
           mesh: shards the parameters over it; None: the default device.
           memory_budget: the most that weights and cache may take on a device, in bytes or as in "68GiB".
             Weights and one row of the trained length must fit; requests get what is left.
@@ -132,14 +139,15 @@ class Falcon:
           ValueError: `weights`, `alibi` or `memory_budget` is not one of the above, or the budget is too
             small.
         """
-        if weights != "native":
-            raise ValueError(f"weights={weights!r} is not supported: this version runs 'native' weights only")
+        require_weights(weights)
         options = ForwardOptions(alibi=alibi)  # before a long load: an unknown alibi raises here
         source = BUNDLED_MODEL if path is None else path
         cache_limit = None
         if memory_budget is not None:
-            cache_limit = _left_for_cache(_read_config(source), dtype, mesh, parse_bytes(memory_budget))
-        config, params, tokenizer_folder = checkpoint.load(source, dtype=dtype, mesh=mesh, verify=verify)
+            cache_limit = _left_for_cache(_read_config(source), dtype, weights, mesh, parse_bytes(memory_budget))
+        config, params, tokenizer_folder = checkpoint.load(
+            source, dtype=dtype, weights=weights, mesh=mesh, verify=verify
+        )
         return cls(
             config,
             params,
@@ -157,14 +165,19 @@ class Falcon:
         *,
         key: int | Array = 0,
         dtype: Any = "bfloat16",
+        weights: str = "native",
         mesh: Mesh | None = None,
         tokenizer: Tokenizer | None = None,
         alibi: str = "float32",
         max_cache_tokens: int | None = None,
     ) -> "Falcon":
-        """A model with random weights, for benchmarks and tests; `key` is a seed or a JAX random key."""
+        """A model with random weights, for benchmarks and tests; `key` is a seed or a JAX random key.
+
+        Other arguments as for `from_checkpoint`.
+        """
+        require_weights(weights)
         root = jax.random.key(key) if isinstance(key, int) else key
-        params = model_params.init(config, root, jnp.dtype(dtype), mesh)
+        params = model_params.init(config, root, jnp.dtype(dtype), mesh, weights)
         return cls(config, params, tokenizer, mesh=mesh, alibi=alibi, max_cache_tokens=max_cache_tokens)
 
     def logits(
@@ -232,6 +245,7 @@ class Falcon:
         seed: int = 0,
         logprobs: bool = False,
         return_full_text: bool = False,
+        speculate: int = 0,
     ) -> list[Completion]:
         """Continues prompts of any lengths, in one batch.
 
@@ -245,20 +259,29 @@ class Falcon:
           seed: the same seed gives the same samples, however prompts are batched.
           logprobs: fills in each completion's log probabilities.
           return_full_text: puts the prompt's text before the completion's.
+          speculate: how many tokens to guess a step from what the text so far holds, 0 (none) to 16; one pass of
+            the model checks them. Faster where text repeats itself, and the same text and samples, but for
+            rounding, which in bfloat16 may decide between tokens that are as good as equal.
 
         Returns:
           Completions ordered by prompt, then by sample; none for an empty list of prompts.
 
         Raises:
-          RequestError: an empty prompt, a value out of range, or more tokens than the cache can hold.
+          RequestError: an empty prompt, a value out of range, more tokens than the cache can hold, or `speculate`
+            with dynamic RoPE scaling past the window that it starts from.
         """
         rows = self._prompt_ids(prompts)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        stops = self._checked(rows, max_new_tokens, num_samples, seed, stop)
+        stops = self._checked(rows, max_new_tokens, num_samples, seed, stop, speculate)
         if not rows:
             return []
         run = self.engine.start(
-            rows, max_new_tokens=max_new_tokens, sampling=sampling, num_samples=num_samples, seed=seed
+            rows,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            num_samples=num_samples,
+            seed=seed,
+            num_drafted=speculate,
         )
         texts = [RowText(self.tokenizer, stops, self.config.eos_token_ids) for _ in range(run.num_rows)]
         logprob_rows: list[list[float]] = [[] for _ in texts]
@@ -284,6 +307,7 @@ class Falcon:
                     finish_reason="stop" if text.stopped else "length",
                     prompt_index=prompt_index,
                     sample_index=sample_index,
+                    num_steps=int(run.num_steps[row]),
                 )
             )
         return completions
@@ -301,8 +325,9 @@ class Falcon:
         stop: str | Sequence[str] = (),
         seed: int = 0,
         return_full_text: bool = False,
-    ) -> Iterator[str]:
-        """Yields the text of `generate(prompt, ...)` as it is made.
+        speculate: int = 0,
+    ) -> TextStream:
+        """Yields the text of `generate(prompt, ...)` as it is made; the iterator counts its steps and tokens.
 
         Only whole characters, and nothing that a stop string would take back. Arguments as for `generate`;
         they are checked at once, before the first text is asked for.
@@ -316,32 +341,17 @@ class Falcon:
         if len(rows) != 1:
             raise RequestError(f"stream takes one prompt and got {len(rows)}: use generate for several")
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        stops = self._checked(rows, max_new_tokens, 1, seed, stop)
-        before = self._prompt_text(prompt, rows, 0) if return_full_text else ""
-        return self._stream(rows, max_new_tokens, sampling, stops, seed, before)
-
-    def _stream(
-        self,
-        rows: list[list[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stops: tuple[str, ...],
-        seed: int,
-        before: str,
-    ) -> Iterator[str]:
-        if before:
-            yield before
-        run = self.engine.start(rows, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+        stops = self._checked(rows, max_new_tokens, 1, seed, stop, speculate)
+        start = functools.partial(
+            self.engine.start,
+            rows,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            num_drafted=speculate,
+        )
         text = RowText(self.tokenizer, stops, self.config.eos_token_ids)
-        # Short chunks first, so that text shows at once; then 8, small enough to read along.
-        size = 1
-        while not run.finished and not text.stopped:
-            tokens, _ = run.next_chunk(size)
-            size = min(2 * size, 8)
-            if piece := text.push(tokens[0]):
-                yield piece
-        if piece := text.finish():
-            yield piece
+        return TextStream(start, text, self._prompt_text(prompt, rows, 0) if return_full_text else "")
 
     def _prompt_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
         """Each prompt as ids."""
@@ -374,17 +384,19 @@ class Falcon:
         num_samples: int,
         seed: int,
         stop: str | Sequence[str],
+        speculate: int,
     ) -> tuple[str, ...]:
         """The stop strings, after a look at everything else that a request says."""
         _check_integer("max_new_tokens", max_new_tokens, 1)
         _check_integer("num_samples", num_samples, 1)
         _check_integer("seed", seed, 0)
+        check_num_drafted(speculate)
         stops = check_stop_strings(stop)
         if stops and self.tokenizer is None:
             raise RequestError("stop needs a tokenizer, and this model has none")
         if rows:
             longest = max(map(len, rows))
-            self.engine.check(longest, len(rows), num_samples, max_new_tokens)
+            self.engine.check(longest, len(rows), num_samples, max_new_tokens, speculate)
             self._warn_of_length(longest + max_new_tokens)
         return stops
 
@@ -435,23 +447,23 @@ def _read_config(source: str | Path) -> FalconConfig:
     return manifest.Manifest.read(folder).config if manifest.is_converted(folder) else FalconConfig.from_hf(folder)
 
 
-def _left_for_cache(config: FalconConfig, dtype: Any, mesh: Mesh | None, budget: int) -> int:
+def _left_for_cache(config: FalconConfig, dtype: Any, weights: str, mesh: Mesh | None, budget: int) -> int:
     """Bytes of `budget` that the weights leave on a device, enough for a row of the trained length."""
-    leaves = model_params.flatten(model_params.abstract(config, dtype))
+    leaves = model_params.flatten(model_params.abstract(config, dtype, weights))
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     cache = cache_bytes(config, 1, config.max_tokens, dtype)
     if mesh is not None:
         shapes = {path: sharding.param_sharding(path, shape, mesh).shard_shape(shape) for path, shape in shapes.items()}
         row = (1, config.max_tokens, config.num_kv_heads, config.head_dim)
         cache = cache * math.prod(sharding.cache_sharding(row, mesh).shard_shape(row)) // math.prod(row)
-    weights = sum(map(math.prod, shapes.values())) * jnp.dtype(dtype).itemsize
-    if weights + cache > budget:
+    held = sum(math.prod(shape) * leaves[path].dtype.itemsize for path, shape in shapes.items())
+    if held + cache > budget:
         gib = 2**30
         raise ValueError(
             f"memory_budget of {budget / gib:.2f} GiB is too small: on each device the weights take "
-            f"{weights / gib:.2f} GiB and a cache of {config.max_tokens} tokens {cache / gib:.3f} GiB"
+            f"{held / gib:.2f} GiB and a cache of {config.max_tokens} tokens {cache / gib:.3f} GiB"
         )
-    return budget - weights
+    return budget - held
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:

@@ -20,6 +20,10 @@ AXES = ("data", "fsdp", "tensor", "stage")
 
 # First match wins. A letter's axis: D -> fsdp, N, K, F, V -> tensor; H is never split.
 PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
+    # In few bits [I, O], packed along I; scales [O], or [I / 128, O].
+    (r".*\.(query|key|value|up)\.weight\.values", PartitionSpec("fsdp", "tensor")),
+    (r".*\.(output|down)\.weight\.values", PartitionSpec("tensor", "fsdp")),
+    (r".*\.weight\.scales", PartitionSpec()),  # a hundredth of the values: each device takes what it needs
     (r"embed\.weight", PartitionSpec("tensor", "fsdp")),  # V D
     (r"lm_head\.weight", PartitionSpec("fsdp", "tensor")),  # D V
     (r".*\.(query|key|value)\.weight", PartitionSpec("fsdp", "tensor", None)),  # D N H

@@ -21,8 +21,8 @@ class Arguments:
     """Folder to make; it may hold this conversion, interrupted."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """What the weights are stored as; as they are if left out."""
-    weights: Literal["native"] = "native"
-    """Kind of weights."""
+    weights: Literal["native", "int8", "int4"] = "native"
+    """Of the blocks' projections: as dtype says, or rounded to 8 or 4 bits."""
     allow_pickle: bool = False
     """Also reads pytorch_model*.bin, with torch >= 2.10; a pickle can run code, so only from a source you trust."""
     overwrite: bool = False

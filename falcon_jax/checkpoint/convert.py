@@ -39,8 +39,8 @@ from falcon_jax.checkpoint.manifest import (
 from falcon_jax.checkpoint.store import ArrayFolder
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import CheckpointError
+from falcon_jax.model import quantize
 
-WEIGHTS = ("native",)
 # Small tensors are written together: a write costs about 20 ms whatever its size.
 GROUP_BYTES = 16 << 20
 _SPARE_BYTES = 64 << 20  # for descriptions, journal and tokenizer
@@ -65,7 +65,8 @@ def convert(
       source: a Hugging Face folder (safetensors, sharded or not), or a model on the hub such as "tiiuae/falcon-7b".
       destination: a folder to make; it may exist if it is empty or holds this conversion, interrupted.
       dtype: "float16", "bfloat16" or "float32"; None keeps what is stored.
-      weights: "native", the only kind so far.
+      weights: "native", or "int8" or "int4" for the blocks' projections (pallas_kernels/quantized_matmul/formats.py),
+        each rounded to the nearest; all else stays in `dtype`.
       allow_pickle: also read pytorch_model*.bin (needs torch >= 2.10); only from a source that you trust.
       overwrite: replace a finished checkpoint in `destination`.
       progress: show a bar on stderr.
@@ -79,8 +80,7 @@ def convert(
       ConfigError: the source's config.json is none of a Falcon.
       ValueError: an unknown dtype or kind of weights.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights is {weights!r}; supported: {', '.join(map(repr, WEIGHTS))}")
+    quantize.require_weights(weights)
     cast = require_dtype(dtype)
     folder = hub.local_folder(source, allow_pickle=allow_pickle)
     destination = Path(destination).expanduser().absolute()
@@ -98,11 +98,21 @@ def convert(
         "source": tensors.fingerprint(),
     }
     _prepare(destination, overwrite)
-    with Conversion(destination, settings, [part.path for entry in plan.entries for part in entry.parts]) as work:
-        _require_space(destination, _bytes_left(plan, tensors, cast, work.finished))
-        _convert_tensors(tensors, plan, cast, work, progress)
+    with Conversion(destination, settings, list(stored_shapes(plan.config, weights))) as work:
+        _require_space(destination, _bytes_left(plan, tensors, cast, weights, work.finished))
+        _convert_tensors(tensors, plan, cast, weights, work, progress)
         work.finish(plan.config, folder)
     return destination
+
+
+def stored_shapes(config: FalconConfig, weights: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by path of the arrays that a checkpoint with such weights holds, in the model's order."""
+    native = mapping.shapes(config)
+    return {
+        name: part.shape
+        for path, shape in native.items()
+        for name, part in quantize.described(path, shape, np.float32, weights).items()
+    }
 
 
 def require_tied_head(tensors: hf_files.HFFolder, plan: mapping.Plan) -> None:
@@ -171,7 +181,7 @@ class Conversion:
 
     def finish(self, config: FalconConfig, source: Path) -> None:
         """Puts everything in its place, the manifest last."""
-        expected = mapping.shapes(config)
+        expected = stored_shapes(config, self._settings["weights"])
         found = {path: record for records in self.finished.values() for path, record in records.items()}
         if {path: record.shape for path, record in found.items()} != expected:
             raise CheckpointError(f"{self._folder}: its journal is damaged: delete the folder and convert again")
@@ -222,6 +232,7 @@ def _convert_tensors(
     tensors: hf_files.HFFolder,
     plan: mapping.Plan,
     dtype: np.dtype | None,
+    weights: str,
     work: Conversion,
     progress: bool,
 ) -> None:
@@ -235,7 +246,12 @@ def _convert_tensors(
                 continue
             if group and sum(sizes[name] for name in (*group, entry.hf_name)) > GROUP_BYTES:
                 _flush(work, group, bar, sizes)
-            group[entry.hf_name] = entry.from_hf(tensors.read(entry.hf_name), dtype)
+            arrays = entry.from_hf(tensors.read(entry.hf_name), dtype)
+            group[entry.hf_name] = {
+                name: part
+                for path in list(arrays)
+                for name, part in quantize.on_host(path, arrays.pop(path), weights).items()
+            }
         if group:
             _flush(work, group, bar, sizes)
 
@@ -268,14 +284,21 @@ def _prepare(destination: Path, overwrite: bool) -> None:
 
 
 def _bytes_left(
-    plan: mapping.Plan, tensors: hf_files.HFFolder, dtype: np.dtype | None, finished: Mapping[str, Any]
+    plan: mapping.Plan,
+    tensors: hf_files.HFFolder,
+    dtype: np.dtype | None,
+    weights: str,
+    finished: Mapping[str, Any],
 ) -> int:
-    total = 0
-    for entry in plan.entries:
-        if entry.hf_name not in finished:
-            stored = hf_files.parameter_dtype(tensors.tensors[entry.hf_name])
-            total += tensors.tensors[entry.hf_name].num_bytes // stored.itemsize * (dtype or stored).itemsize
-    return total
+    return sum(
+        array.size * array.dtype.itemsize
+        for entry in plan.entries
+        if entry.hf_name not in finished
+        for part in entry.parts
+        for array in quantize.described(
+            part.path, part.shape, dtype or hf_files.parameter_dtype(tensors.tensors[entry.hf_name]), weights
+        ).values()
+    )
 
 
 def _require_space(destination: Path, num_bytes: int) -> None:

@@ -61,7 +61,8 @@ def export(
       The destination.
 
     Raises:
-      CheckpointError: the checkpoint is half made or damaged, or the destination is not empty.
+      CheckpointError: the checkpoint is half made or damaged, its weights are in few bits, or the destination is not
+        empty.
       ValueError: max_shard_bytes is not positive.
     """
     folder = Path(checkpoint).expanduser()
@@ -69,6 +70,10 @@ def export(
         what = "is no folder made by falcon_jax.convert" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}: export takes such a folder")
     manifest = Manifest.read(folder)
+    if manifest.weights != "native":
+        raise CheckpointError(
+            f"{folder} holds {manifest.weights} weights, which no Hugging Face Falcon has: export a native conversion"
+        )
     stored = ArrayFolder(folder / PARAMS_FOLDER)
 
     def read(paths: Iterable[str]) -> Mapping[str, np.ndarray]:

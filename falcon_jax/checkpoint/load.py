@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from falcon_jax import sharding
 from falcon_jax.checkpoint import hf_files, hub, mapping
 from falcon_jax.checkpoint.checksum import finish_checksum, start_checksum
-from falcon_jax.checkpoint.convert import require_tied_head
+from falcon_jax.checkpoint.convert import require_tied_head, stored_shapes
 from falcon_jax.checkpoint.manifest import PARAMS_FOLDER, Manifest, is_converted, require_dtype
 from falcon_jax.checkpoint.store import ArrayFolder
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import CheckpointError
+from falcon_jax.model import quantize
 from falcon_jax.model.params import Params, unflatten
 from falcon_jax.tokenizer import TOKENIZER_FILE
 
@@ -40,6 +41,7 @@ def load(
     source: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    weights: str = "native",
     mesh: Mesh | None = None,
     verify: bool = True,
     allow_pickle: bool = False,
@@ -49,51 +51,63 @@ def load(
     Args:
       source: a folder made by `convert`, a Hugging Face folder, or a model on the hub such as "tiiuae/falcon-7b".
       dtype: "float16", "bfloat16" or "float32", cast on the device; None keeps what is stored.
+      weights: "native", "int8" or "int4": what the blocks' projections are kept as. Those stored natively are rounded
+        as they come; a folder converted to another kind than that is refused.
       mesh: lays each parameter out by `sharding.PARAMETER_TABLE`; None puts all on the default device.
       verify: compare the checksums of a converted folder. Hugging Face folders have none.
       allow_pickle: also read pytorch_model*.bin (needs torch >= 2.10); only from a source that you trust.
 
     Raises:
-      CheckpointError: there is no such checkpoint, it is damaged or half made, or it is no Falcon of its config.
+      CheckpointError: there is no such checkpoint, it is damaged or half made, it is no Falcon of its config, or its
+        weights are of another kind in few bits.
       ConfigError: its config.json is none of a Falcon.
-      ValueError: an unknown dtype.
+      ValueError: an unknown dtype or kind of weights.
     """
     cast = require_dtype(dtype)
+    quantize.require_weights(weights)
     folder = hub.local_folder(source, allow_pickle=allow_pickle)
     if is_converted(folder):
-        config, arrays = _load_converted(folder, cast, mesh, verify)
+        config, arrays = _load_converted(folder, cast, weights, mesh, verify)
     else:
-        config, arrays = _load_hf(folder, cast, mesh, allow_pickle)
+        config, arrays = _load_hf(folder, cast, weights, mesh, allow_pickle)
     tokenizer_folder = folder if (folder / TOKENIZER_FILE).is_file() else None
     return LoadedCheckpoint(config, unflatten(arrays), tokenizer_folder)
 
 
 def _load_converted(
-    folder: Path, cast: np.dtype | None, mesh: Mesh | None, verify: bool
+    folder: Path, cast: np.dtype | None, weights: str, mesh: Mesh | None, verify: bool
 ) -> tuple[FalconConfig, dict[str, jax.Array]]:
     manifest = Manifest.read(folder)
     records = manifest.arrays
-    if {path: record.shape for path, record in records.items()} != mapping.shapes(manifest.config):
+    if manifest.weights not in ("native", weights):
+        raise CheckpointError(
+            f"{folder} holds {manifest.weights} weights, and weights={weights!r} was asked for: give "
+            f"weights={manifest.weights!r}, or convert the source again"
+        )
+    if {path: record.shape for path, record in records.items()} != stored_shapes(manifest.config, manifest.weights):
         raise CheckpointError(f"{folder}: its manifest does not list the arrays of its configuration: convert again")
     stored = ArrayFolder(folder / PARAMS_FOLDER)
     targets = {path: record.abstract(_layout(path, record.shape, mesh)) for path, record in records.items()}
-    arrays, started = {}, {}
+    arrays, started, native = {}, {}, mapping.shapes(manifest.config)
     for batch in _prefetched(stored.read_device, _batches(targets)):
         for path, array in batch.items():
             if verify:
                 started[path] = start_checksum(array)
-            arrays[path] = _cast(path, array, cast)
+            if manifest.weights == weights != "native" and path not in native:
+                arrays[path] = array
+            else:
+                arrays |= _kept(path, array, cast, weights, mesh)
     for path, words in started.items():
         if finish_checksum(words) != records[path].checksum:
             raise CheckpointError(
                 f"{folder / PARAMS_FOLDER / path} has changed since the conversion (checksum "
                 f"{finish_checksum(words)}, expected {records[path].checksum}): convert again"
             )
-    return manifest.config, {path: arrays[path] for path in records}
+    return manifest.config, {path: arrays[path] for path in stored_shapes(manifest.config, weights)}
 
 
 def _load_hf(
-    folder: Path, cast: np.dtype | None, mesh: Mesh | None, allow_pickle: bool
+    folder: Path, cast: np.dtype | None, weights: str, mesh: Mesh | None, allow_pickle: bool
 ) -> tuple[FalconConfig, dict[str, jax.Array]]:
     tensors = hf_files.open_folder(folder, allow_pickle=allow_pickle)
     plan = mapping.plan(FalconConfig.from_hf(folder), tensors.tensors)
@@ -105,8 +119,8 @@ def _load_hf(
 
     for batch in _prefetched(read, plan.entries):
         for path, array in batch.items():
-            arrays[path] = _cast(path, _to_device(array, _layout(path, array.shape, mesh)), cast)
-    return plan.config, {path: arrays[path] for path in mapping.shapes(plan.config)}
+            arrays |= _kept(path, _to_device(array, _layout(path, array.shape, mesh)), cast, weights, mesh)
+    return plan.config, {path: arrays[path] for path in stored_shapes(plan.config, weights)}
 
 
 def _layout(path: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
@@ -119,6 +133,14 @@ def _layout(path: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.shardin
 def _to_device(array: np.ndarray, layout: jax.sharding.Sharding) -> jax.Array:
     # Each device is given its own part; device_put would compare the whole array across processes.
     return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
+
+
+def _kept(path: str, array: jax.Array, cast: np.dtype | None, weights: str, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """What stays of a native parameter: cast, and in few bits where it is to be."""
+    array = _cast(path, array, cast)
+    parts = quantize.described(path, array.shape, array.dtype, weights)
+    layouts = {name: _layout(name, part.shape, mesh) for name, part in parts.items()}
+    return quantize.on_device(path, array, weights, layouts)
 
 
 def _cast(path: str, array: jax.Array, dtype: np.dtype | None) -> jax.Array:

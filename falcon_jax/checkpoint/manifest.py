@@ -33,6 +33,8 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
+# What weights of few bits are made of, beside these.
+STORED_DTYPES = DTYPES | {"int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
 # What transformers and tokenizers keep beside the weights, copied as it is.
 CARRIED_FILES = (
     "config.json",
@@ -54,7 +56,7 @@ class ArrayRecord:
     checksum: str
 
     def abstract(self, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.shape, DTYPES[self.dtype], sharding=sharding)
+        return jax.ShapeDtypeStruct(self.shape, STORED_DTYPES[self.dtype], sharding=sharding)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Manifest:
     config: FalconConfig
     arrays: Mapping[str, ArrayRecord]  # by dotted path, in the model's order
     settings: Mapping[str, Any]  # what the conversion was asked for, and its source's fingerprint
+
+    @property
+    def weights(self) -> str:
+        """What the projections are stored as, one of quantize.WEIGHTS."""
+        return self.settings["weights"]
 
     def write(self, folder: Path) -> None:
         content = {

@@ -1,20 +1,18 @@
 """Token ids in, token ids out: prefill, then decode in chunks.
 
-Owns the jitted functions, the decode state and the host loop around them. Knows no text. Rows are
+Owns the jitted functions and the host loop around them. Knows no text. Rows are
 left-aligned: a row's token at position p lies in cache slot p, padding lies past a row's length and is never
 attended to, so a row's result does not depend on its batch mates.
 
 The trap: everything that changes from call to call (prompts, lengths, number of steps, sampling values,
 seeds) is traced or padded to a bucket; a Python value that slips into a jitted function costs a compilation a
 call.
-Letters: B batch, T query tokens, S cache length, D width, V vocabulary, C tokens of a chunk, E end-of-text
-tokens, P prompts.
+Letters: B batch, T query tokens, S cache length, D width, V vocabulary, E end-of-text tokens, P prompts.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,49 +22,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
-from falcon_jax.generate import batching, limits
-from falcon_jax.generate.sampling import Sampling, SamplingKind, SamplingValues, row_keys, sample
+from falcon_jax.generate import batching, limits, speculate
+from falcon_jax.generate.sampling import Sampling, SamplingKind, SamplingValues, row_keys, sample_at
+from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.decoder import FalconDecoder
 from falcon_jax.model.params import Params, bind
 from falcon_jax.model.step import ForwardOptions
-
-# C: the most steps that one call of `decode` makes. The host looks at the tokens only between calls.
-CHUNK = 32
-
-
-class Model(NamedTuple):
-    """What is static in every jitted function here; engines with equal ones share executables."""
-
-    config: FalconConfig
-    options: ForwardOptions
-    mesh: Mesh | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class DecodeState:
-    """What a step reads and writes; donated to every call of `decode`.
-
-    cache: all tokens but each row's last.
-    tokens: each row's last token, which the next step feeds.
-    done: rows that have ended; they write nothing and keep their length.
-    seen: tokens in the prompt or generated; None without a repetition penalty.
-    """
-
-    cache: KVCache
-    tokens: Int[Array, " B"]
-    done: Bool[Array, " B"]
-    seen: Bool[Array, "B V"] | None
-
-
-class Chunk(NamedTuple):
-    """What some steps made: row b's new tokens are its first counts[b] columns. Log probabilities float32."""
-
-    tokens: Int[Array, "B C"]
-    logprobs: Float[Array, "B C"]
-    counts: Int[Array, " B"]
-    done: Bool[Array, " B"]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "is_first"), donate_argnames=("cache", "last"))
@@ -120,7 +82,7 @@ def first_token(
     tokens, logprobs, seen = _choose(logits, keys, lengths, seen, values, kind)
     done = jnp.isin(tokens, eos_token_ids)
     seen, tokens, done, logprobs = _lay_out((seen, tokens, done, logprobs), model.mesh)
-    return seen, Chunk(tokens[:, None], logprobs[:, None], jnp.ones_like(tokens), done)
+    return seen, Chunk(tokens[:, None], logprobs[:, None], jnp.ones_like(tokens), jnp.zeros_like(tokens), done)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="state")
@@ -136,7 +98,7 @@ def decode(
     model: Model,
     kind: SamplingKind,
 ) -> tuple[DecodeState, Chunk]:
-    """Makes up to min(num_steps, C) tokens a row; ends early once all rows are done.
+    """Makes up to min(num_steps, 32) tokens a row; ends early once all rows are done.
 
     Args:
       state: donated.
@@ -146,16 +108,9 @@ def decode(
       eos_token_ids: a row that makes one of them is done, that token being its last. No logit is masked.
     """
     decoder = _decoder(params, model)
-    B = state.tokens.shape[0]
     state = dataclasses.replace(state, done=state.done | stopped)
-    empty = Chunk(jnp.zeros((B, CHUNK), jnp.int32), jnp.zeros((B, CHUNK)), jnp.zeros(B, jnp.int32), state.done)
 
-    def unfinished(carry: tuple[Array, DecodeState, Chunk]) -> Bool[Array, ""]:
-        step, state, _ = carry
-        return (step < jnp.minimum(num_steps, CHUNK)) & ~jnp.all(state.done)
-
-    def advance(carry: tuple[Array, DecodeState, Chunk]) -> tuple[Array, DecodeState, Chunk]:
-        step, state, chunk = carry
+    def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
         active = ~state.done
         hidden, cache = _read(decoder, state.tokens[:, None], state.cache, active.astype(jnp.int32))
         logits = decoder.logits(hidden[:, 0])
@@ -165,12 +120,51 @@ def decode(
             jax.lax.dynamic_update_slice(chunk.tokens, tokens[:, None], (0, step)),
             jax.lax.dynamic_update_slice(chunk.logprobs, logprobs[:, None], (0, step)),
             chunk.counts + active.astype(jnp.int32),
+            chunk.steps + active.astype(jnp.int32),
             state.done | jnp.isin(tokens, eos_token_ids),
         )
-        return step + 1, _lay_out(DecodeState(cache, tokens, chunk.done, seen), model.mesh), chunk
+        return DecodeState(cache, tokens, chunk.done, seen), chunk
 
-    _, state, chunk = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state, empty))
-    return _lay_out(state, model.mesh), chunk
+    return _repeat(advance, num_steps, state, Chunk.empty(state.done, CHUNK), model.mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("num_drafted", "model", "kind"), donate_argnames="state")
+def decode_drafted(
+    params: Params,
+    state: DecodeState,
+    num_steps: Int[Array, ""],
+    stopped: Bool[Array, " B"],
+    left: Int[Array, " B"],
+    keys: Key[Array, " B"] | None,
+    values: SamplingValues,
+    eos_token_ids: Int[Array, " E"],
+    *,
+    num_drafted: int,
+    model: Model,
+    kind: SamplingKind,
+) -> tuple[DecodeState, Chunk]:
+    """`decode` with 1 to 1 + `num_drafted` tokens a row and step, the same tokens (see `speculate`).
+
+    Args:
+      state: donated; with a history.
+      left: how many tokens each row may still get; a row that has them all is done.
+      num_drafted: at least 1; static, as it decides the shapes.
+      num_steps, stopped, keys, eos_token_ids: as in `decode`.
+    """
+    decoder = _decoder(params, model)
+    state = speculate.begin(dataclasses.replace(state, done=state.done | stopped), left)
+
+    def forward(token_ids: Array, cache: KVCache, num_tokens: Array) -> tuple[Float[Array, "B T V"], KVCache]:
+        hidden, cache = _read(decoder, token_ids, cache, num_tokens)
+        return decoder.logits(hidden), cache
+
+    def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
+        return speculate.advance(
+            state, chunk, left, forward, keys, values, eos_token_ids, kind=kind, num_drafted=num_drafted
+        )
+
+    empty = Chunk.empty(state.done, CHUNK * (num_drafted + 1))
+    return _repeat(advance, num_steps, state, empty, model.mesh)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -228,16 +222,23 @@ class Engine:
         sampling: Sampling,
         num_samples: int = 1,
         seed: int = 0,
+        num_drafted: int = 0,
     ) -> "Generation":
         """Prefills the prompts, each once, and returns the run, which has `num_samples` rows a prompt.
 
-        Raises:
-          RequestError: the cache cannot hold that many tokens.
-        """
-        return Generation(self, prompts, max_new_tokens, sampling, num_samples, seed)
+        `num_drafted` tokens a step are guessed and checked (see `speculate`); 0 decodes one by one.
 
-    def check(self, longest_prompt: int, num_prompts: int, num_samples: int, max_new_tokens: int) -> None:
-        """Raises RequestError where a run of this size would not fit the cache."""
+        Raises:
+          RequestError: the cache cannot hold that many tokens, or `num_drafted` does not fit.
+        """
+        return Generation(self, prompts, max_new_tokens, sampling, num_samples, seed, num_drafted)
+
+    def check(
+        self, longest_prompt: int, num_prompts: int, num_samples: int, max_new_tokens: int, num_drafted: int = 0
+    ) -> None:
+        """Raises RequestError where a run of this size would not fit the cache, or drafts not the model."""
+        speculate.check_num_drafted(num_drafted)
+        speculate.check_positions(self.model.config, num_drafted, longest_prompt + max_new_tokens)
         limits.check_cache(
             self.model.config,
             num_rows=num_prompts * num_samples,
@@ -291,6 +292,13 @@ class Generation:
     `next_chunk` blocks until its tokens are there: with chunks of up to 32 steps the gap between calls, in
     which the host turns ids into text, is under a hundredth of a call, and stop strings take effect in the
     very next one.
+
+    Attributes:
+      num_rows: B.
+      left: [B] tokens that each row may still get.
+      done: [B] rows that get no more.
+      num_steps: [B] passes of the model that each row took part in, its prompt's not counted. Plain decoding makes one
+        token in each.
     """
 
     def __init__(
@@ -301,13 +309,16 @@ class Generation:
         sampling: Sampling,
         num_samples: int,
         seed: int,
+        num_drafted: int,
     ):
         num_rows = len(prompts) * num_samples
-        engine.check(max(map(len, prompts)), len(prompts), num_samples, max_new_tokens)
+        engine.check(max(map(len, prompts)), len(prompts), num_samples, max_new_tokens, num_drafted)
         self.num_rows = num_rows
-        self.num_left = max_new_tokens
+        self.left = np.full(num_rows, max_new_tokens, np.int32)
         self.done = np.zeros(num_rows, bool)
+        self.num_steps = np.zeros(num_rows, np.int32)
         self._engine = engine
+        self._num_drafted = num_drafted
         self._kind = sampling.kind
         self._keys = None if self._kind.greedy else row_keys(seed, len(prompts), num_samples)
         if self._keys is not None and engine.model.mesh is not None:
@@ -329,46 +340,50 @@ class Generation:
             model=engine.model,
             kind=self._kind,
         )
-        self._state = DecodeState(cache, self._first.tokens[:, 0], self._first.done, seen)
+        history = None
+        if num_drafted:
+            token_ids, _ = batching.pad_rows(prompts, cache.capacity)
+            (history,) = engine._rows(np.repeat(token_ids, num_samples, axis=0))
+        self._state = DecodeState(cache, self._first.tokens[:, 0], self._first.done, seen, history)
 
     @property
     def finished(self) -> bool:
         """Whether no row will get another token."""
-        return self.num_left == 0 or bool(self.done.all())
+        return bool((self.done | (self.left == 0)).all())
 
     def stop(self, row: int) -> None:
         """Ends a row from outside (a stop string): it gets no more tokens from the next chunk on."""
         self.done[row] = True
 
-    def next_chunk(self, max_tokens: int = CHUNK) -> tuple[list[list[int]], list[list[float]]]:
-        """Up to `max_tokens` (at most 32) new ids a row, and their log probabilities.
+    def next_chunk(self, max_steps: int = CHUNK) -> tuple[list[list[int]], list[list[float]]]:
+        """The new ids a row of up to `max_steps` (at most 32) steps, and their log probabilities.
 
-        The first call returns one a row: it comes from the prefill.
+        A step makes one token a row, with drafts up to `num_drafted` more. The first call returns one a row: it comes
+        from the prefill.
 
         Rows that have ended get none. An end-of-text token is returned, as its row's last.
         """
         if self._first is not None:
             chunk, self._first = self._first, None
-            num_steps = 1
         else:
-            num_steps = min(max_tokens, self.num_left, CHUNK)
-            self._state, chunk = decode(
-                self._engine.params,
-                self._state,
-                np.int32(num_steps),
-                self.done,
-                self._keys,
-                *self._fixed,
-                model=self._engine.model,
-                kind=self._kind,
-            )
-        tokens, logprobs, counts, done = jax.device_get(chunk)
-        self.num_left -= num_steps
+            self._state, chunk = self._decode(min(max_steps, CHUNK))
+        tokens, logprobs, counts, steps, done = jax.device_get(chunk)
+        self.left = self.left - counts
+        self.num_steps = self.num_steps + steps
         self.done = self.done | done
         return (
             [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)],
             [row[:count].tolist() for row, count in zip(logprobs, counts, strict=True)],
         )
+
+    def _decode(self, max_steps: int) -> tuple[DecodeState, Chunk]:
+        # A step makes at least one token in each row that goes on.
+        num_steps = np.int32(min(max_steps, int(self.left.max(where=~self.done, initial=0))))
+        static = {"model": self._engine.model, "kind": self._kind}
+        begin = (self._engine.params, self._state, num_steps, self.done)
+        if self._num_drafted == 0:
+            return decode(*begin, self._keys, *self._fixed, **static)
+        return decode_drafted(*begin, self.left, self._keys, *self._fixed, num_drafted=self._num_drafted, **static)
 
 
 def _decoder(params: Params, model: Model) -> FalconDecoder:
@@ -397,12 +412,32 @@ def _choose(
     kind: SamplingKind,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, "B V"] | None]:
     """Samples the token at each row's position, and notes it as seen where a penalty asks for that."""
-    if keys is not None:
-        keys = jax.vmap(jax.random.fold_in)(keys, positions)
-    tokens, logprobs = sample(logits, keys, values, seen, kind)
+    tokens, logprobs = sample_at(logits, keys, positions, values, seen, kind)
     if seen is not None:
         seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
     return tokens, logprobs, seen
+
+
+def _repeat(
+    advance: Callable[[Array, DecodeState, Chunk], tuple[DecodeState, Chunk]],
+    num_steps: Int[Array, ""],
+    state: DecodeState,
+    chunk: Chunk,
+    mesh: Mesh | None,
+) -> tuple[DecodeState, Chunk]:
+    """advance(step, state, chunk), over and over: up to min(num_steps, 32) times, or until all rows are done."""
+
+    def unfinished(carry: tuple[Array, DecodeState, Chunk]) -> Bool[Array, ""]:
+        step, state, _ = carry
+        return (step < jnp.minimum(num_steps, CHUNK)) & ~jnp.all(state.done)
+
+    def body(carry: tuple[Array, DecodeState, Chunk]) -> tuple[Array, DecodeState, Chunk]:
+        step, state, chunk = carry
+        state, chunk = advance(step, state, chunk)
+        return step + 1, _lay_out(state, mesh), chunk
+
+    _, state, chunk = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, chunk))
+    return _lay_out(state, mesh), chunk
 
 
 def _lay_out(tree, mesh: Mesh | None):

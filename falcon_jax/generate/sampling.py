@@ -222,6 +222,23 @@ def sample(
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def sample_at(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"] | None,
+    positions: Int[Array, " B"],
+    values: SamplingValues,
+    seen: Bool[Array, "B V"] | None,
+    kind: SamplingKind,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """`sample` for the tokens at `positions`, with each row's key made specific to its position.
+
+    So a sample depends on where its token stands alone, not on how many steps or chunks led there.
+    """
+    if keys is not None:
+        keys = jax.vmap(jax.random.fold_in)(keys, positions)
+    return sample(logits, keys, values, seen, kind)
+
+
 def _column(value: jax.typing.ArrayLike) -> Array:
     """A scalar or [B] as [1, 1] or [B, 1], to meet [B, V]."""
     return jnp.reshape(jnp.asarray(value), (-1, 1))

@@ -17,13 +17,13 @@ from pallas_kernels.flash_attention.reference import attention_probabilities
 class Attention(nnx.Module):
     """Multi-head, grouped-query or multi-query attention, as K == N, 1 < K < N or K == 1."""
 
-    def __init__(self, config: FalconConfig):
+    def __init__(self, config: FalconConfig, weights: str):
         D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_dim
         self.rotates_cached_keys = positions.keeps_unrotated_keys(config)
-        self.query = Linear((D,), (N, H), bias=config.bias)
-        self.key = Linear((D,), (K, H), bias=config.bias)
-        self.value = Linear((D,), (K, H), bias=config.bias)
-        self.output = Linear((N, H), (D,), bias=config.bias)
+        self.query = Linear((D,), (N, H), bias=config.bias, weights=weights)
+        self.key = Linear((D,), (K, H), bias=config.bias, weights=weights)
+        self.value = Linear((D,), (K, H), bias=config.bias, weights=weights)
+        self.output = Linear((N, H), (D,), bias=config.bias, weights=weights)
 
     def __call__(
         self, x: Float[Array, "B T D"], step: Step, slots: tuple[Array, Array] | None

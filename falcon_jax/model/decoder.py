@@ -39,9 +39,9 @@ class Embedding(nnx.Module):
 class MLP(nnx.Module):
     """Up, exact GELU (erf, not tanh), down."""
 
-    def __init__(self, config: FalconConfig):
-        self.up = Linear((config.width,), (config.mlp_width,), bias=config.bias)
-        self.down = Linear((config.mlp_width,), (config.width,), bias=config.bias)
+    def __init__(self, config: FalconConfig, weights: str):
+        self.up = Linear((config.width,), (config.mlp_width,), bias=config.bias, weights=weights)
+        self.down = Linear((config.mlp_width,), (config.width,), bias=config.bias, weights=weights)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         hidden = self.up(x)
@@ -51,14 +51,14 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention and MLP, one after the other or side by side."""
 
-    def __init__(self, config: FalconConfig):
+    def __init__(self, config: FalconConfig, weights: str):
         self.parallel = config.block == "parallel"
         self.dropout_rate = config.hidden_dropout
         self.attention_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
         if config.num_norms == 2:
             self.mlp_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
-        self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.attention = Attention(config, weights)
+        self.mlp = MLP(config, weights)
 
     def __call__(
         self, x: Float[Array, "B T D"], step: Step, slots: tuple[Array, Array] | None
@@ -84,14 +84,19 @@ class Block(nnx.Module):
 
 
 class FalconDecoder(nnx.Module):
-    """Embedding, L blocks, final norm and head. Built without arrays; get a working one from `params.bind`."""
+    """Embedding, L blocks, final norm and head. Built without arrays; get a working one from `params.bind`.
 
-    def __init__(self, config: FalconConfig, options: ForwardOptions, mesh: Mesh | None = None):
+    weights: what the blocks' projections are stored as, one of quantize.WEIGHTS.
+    """
+
+    def __init__(
+        self, config: FalconConfig, options: ForwardOptions, mesh: Mesh | None = None, weights: str = "native"
+    ):
         self.config = config
         self.options = options
         self.mesh = mesh
         self.embed = Embedding(config)
-        self.layers = nnx.List([Block(config) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Block(config, weights) for _ in range(config.num_layers)])
         self.final_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
         if not config.tie_word_embeddings:
             self.lm_head = Linear((config.width,), (config.vocab_size,), bias=False)

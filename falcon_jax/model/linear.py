@@ -1,6 +1,7 @@
 """Parameters with their declarations, the linear projection and the layer norm."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, storage
 
-def declare(shape: tuple[int, ...], init: str) -> nnx.Param:
-    """A parameter's one declaration: its shape, and how `params.init` fills it ("normal", "ones" or "zeros").
+
+def declare(shape: tuple[int, ...], init: str, dtype: DTypeLike | None = None) -> nnx.Param:
+    """A parameter's one declaration: its shape, and how `params.init` fills it.
 
     Modules are built without arrays; `params.bind` puts the real ones in.
+
+    Args:
+      init: "normal", "ones" or "zeros"; "quantized" where it is part of a weight that is made as a whole.
+      dtype: None for the model's.
     """
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), init=init)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or jnp.float32), init=init, has_own_dtype=dtype is not None)
 
 
 def multiply(
@@ -44,24 +51,43 @@ class Linear(nnx.Module):
     """A product with a weight of any shape [*inputs, *outputs], then the bias [*outputs].
 
     As in FalconLinear of modeling_falcon.py the product is rounded to the model's dtype before the bias is added.
+
+    Args:
+      weights: "native", or the form of a weight of 8 or 4 bits, whose arrays are those of a matrix (quantize.py).
     """
 
-    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool):
-        self.num_inputs = len(inputs)
-        self.weight = declare((*inputs, *outputs), "normal")
+    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, weights: str = "native"):
+        self.inputs, self.outputs = inputs, outputs
+        self.weight: Any
+        if weights == "native":
+            self.weight = declare((*inputs, *outputs), "normal")
+        else:
+            self.weight = Quantized(math.prod(inputs), math.prod(outputs), weights)
         if bias:
             self.bias = declare(outputs, "zeros")
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        weight = self.weight[...]
-        inputs, outputs = weight.shape[: self.num_inputs], weight.shape[self.num_inputs :]
-        leading = x.shape[: x.ndim - self.num_inputs]
+        leading = x.shape[: x.ndim - len(self.inputs)]
         # One plain matrix product, whatever the shapes: XLA has its fast paths for those.
-        product = multiply(
-            x.reshape(*leading, math.prod(inputs)), weight.reshape(math.prod(inputs), math.prod(outputs))
-        )
-        product = product.reshape(*leading, *outputs)
+        x = x.reshape(*leading, math.prod(self.inputs))
+        if isinstance(self.weight, Quantized):
+            product = quantized_matmul(x, self.weight.arrays())
+        else:
+            product = multiply(x, self.weight[...].reshape(math.prod(self.inputs), math.prod(self.outputs)))
+        product = product.reshape(*leading, *self.outputs)
         return product + self.bias[...] if hasattr(self, "bias") else product
+
+
+class Quantized(nnx.Module):
+    """A weight [I, O] of 8 or 4 bits, as two parameters."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, form: str):
+        values, scales = storage(form, num_inputs, num_outputs)
+        self.values = declare(values.shape, "quantized", values.dtype)
+        self.scales = declare(scales.shape, "quantized", scales.dtype)
+
+    def arrays(self) -> QuantizedWeight:
+        return QuantizedWeight(self.values[...], self.scales[...])
 
 
 class LayerNorm(nnx.Module):

@@ -18,31 +18,55 @@ from jaxtyping import Array
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
+from falcon_jax.model import quantize
 from falcon_jax.model.decoder import FalconDecoder
 from falcon_jax.model.step import ForwardOptions
+from pallas_kernels.quantized_matmul import QuantizedWeight
 
 # Nested dicts with arrays (or ShapeDtypeStructs) as leaves; layers are keyed by their number.
 Params = dict[str, Any]
 
 
-def abstract(config: FalconConfig, dtype: DTypeLike) -> Params:
-    """The tree with a jax.ShapeDtypeStruct for each parameter, all of `dtype`. Allocates nothing."""
-    declared = nnx.to_pure_dict(_declared(config, ForwardOptions(), None)[1])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), declared)
+def abstract(config: FalconConfig, dtype: DTypeLike, weights: str = "native") -> Params:
+    """The tree with a jax.ShapeDtypeStruct for each parameter. Allocates nothing.
+
+    Args:
+      dtype: of all but the arrays of weights in few bits.
+      weights: what the blocks' projections are stored as, one of quantize.WEIGHTS.
+    """
+
+    def described(param: Any) -> jax.ShapeDtypeStruct:
+        leaf = param.get_value()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if param.has_own_dtype else jnp.dtype(dtype))
+
+    return unflatten({path: described(param) for path, param in _walk_declared(config, weights)})
 
 
-def init(config: FalconConfig, key: Array, dtype: DTypeLike, mesh: Mesh | None = None) -> Params:
+def init(
+    config: FalconConfig, key: Array, dtype: DTypeLike, mesh: Mesh | None = None, weights: str = "native"
+) -> Params:
     """Random parameters: weights normal with the configured standard deviation, norms one, biases zero.
 
-    Each array is made on its device, laid out over `mesh` where one is given, in `dtype` from the start.
+    Each array is made on its device, laid out over `mesh` where one is given, in `dtype` from the start; projections
+    are quantized one by one where `weights` says so, from the numbers that they would have without.
     """
-    kinds = {".".join(map(str, path)): param.init for path, param in _walk_declared(config)}
+    kinds = {path: param.init for path, param in _walk_declared(config, "native")}
     made = {}
     for number, (path, leaf) in enumerate(flatten(abstract(config, dtype)).items()):
-        layout = None if mesh is None else sharding.param_sharding(path, leaf.shape, mesh)
-        fill = _filler(kinds[path], leaf.shape, leaf.dtype, config.initializer_range, layout)
-        made[path] = fill(jax.random.fold_in(key, number))
+        layouts = {
+            name: None if mesh is None else sharding.param_sharding(name, part.shape, mesh)
+            for name, part in quantize.described(path, leaf.shape, leaf.dtype, weights).items()
+        }
+        fill = _filler(kinds[path], leaf.shape, leaf.dtype, config.initializer_range, layouts.get(path))
+        made |= quantize.on_device(path, fill(jax.random.fold_in(key, number)), weights, layouts)
     return unflatten(made)
+
+
+def weights_of(params: Params) -> str:
+    """What the blocks' projections of a tree are stored as, one of quantize.WEIGHTS."""
+    found = (leaf for path, leaf in _walk(params, "") if path.endswith(".weight.values"))
+    values = next(found, None)
+    return "native" if values is None else QuantizedWeight(values, None).form
 
 
 def bind(
@@ -56,7 +80,7 @@ def bind(
     Raises:
       ValueError: `params` is not the tree that `config` describes.
     """
-    graph, state = _declared(config, options or ForwardOptions(), mesh)
+    graph, state = _declared(config, options or ForwardOptions(), mesh, weights_of(params))
     expected, given = flatten(nnx.to_pure_dict(state)), flatten(params)
     wrong = [path for path, leaf in expected.items() if path not in given or given[path].shape != leaf.shape]
     wrong += [path for path in given if path not in expected]
@@ -90,13 +114,15 @@ def num_bytes(params: Params) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _declared(config: FalconConfig, options: ForwardOptions, mesh: Mesh | None) -> tuple[Any, Any]:
+def _declared(config: FalconConfig, options: ForwardOptions, mesh: Mesh | None, weights: str) -> tuple[Any, Any]:
     """The module's graph and its abstract state, made once a configuration."""
-    return nnx.split(FalconDecoder(config, options, mesh))
+    return nnx.split(FalconDecoder(config, options, mesh, weights))
 
 
-def _walk_declared(config: FalconConfig) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    yield from nnx.to_flat_state(_declared(config, ForwardOptions(), None)[1])
+def _walk_declared(config: FalconConfig, weights: str) -> Iterator[tuple[str, Any]]:
+    """Dotted path and declaration of each parameter."""
+    for path, param in nnx.to_flat_state(_declared(config, ForwardOptions(), None, weights)[1]):
+        yield ".".join(map(str, path)), param
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,8 +1,6 @@
 """The engine against the plain forward pass: cache, raggedness, chunks, samples, sharding, compilations."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -16,6 +14,7 @@ from falcon_jax.generate.engine import CHUNK, Engine
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.model import params as model_params
 from tests import models
+from tests.compilations import count_compilations
 
 NO_EOS = {"eos_token_ids": ()}
 PROMPTS = [[5, 17, 3, 90, 41], [8] * 17 + [2, 31], [60]]
@@ -153,22 +152,6 @@ def test_dynamic_rope_past_its_window_starts_from_the_full_forward():
     tokens, _ = run(engine, [prompt, [3]], max_new_tokens=1)
     logits = engine.logits(np.array([prompt], np.int32), np.array([40], np.int32))
     assert tokens[0] == [int(logits[0, -1].argmax())]
-
-
-@contextlib.contextmanager
-def count_compilations() -> Iterator[list[str]]:
-    """A list that grows by one with every program that XLA compiles, down to the smallest."""
-    compiled: list[str] = []
-
-    def count(event: str, *_, **__) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2)])

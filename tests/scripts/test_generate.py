@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -70,6 +71,19 @@ def test_json_is_one_document_with_everything(call):
     assert call("The sea", *flags)[1] == document["completions"][0]["text"] + "\n"
 
 
+def test_speculation_prints_the_same_text_and_says_what_it_was_worth(call):
+    flags = ["--max-new-tokens", "30", "--dtype", "float32"]
+    _, plain, _ = call("The sea, the sea, the", *flags)
+    code, text, errors = call("The sea, the sea, the", *flags, "--speculate", "4")
+    assert (code, text) == (0, plain)
+    said = re.fullmatch(r"speculate: (\d+) tokens after the first in (\d+) steps, (\d\.\d\d) tokens a step\n", errors)
+    assert said and int(said[2]) <= int(said[1]) <= 29 and float(said[3]) == round(int(said[1]) / int(said[2]), 2)
+    _, document, errors = call("The sea, the sea, the", *flags, "--speculate", "4", "--json")
+    [completion] = json.loads(document)["completions"]
+    assert completion["text"] + "\n" == plain and completion["num_steps"] == int(said[2])
+    assert errors == said[0]
+
+
 def test_stop_may_be_given_several_times(call):
     _, text, _ = call("The sea", "--max-new-tokens", "20")
     stop = text[4:6]
@@ -99,6 +113,7 @@ def test_several_samples_are_told_apart(call):
         (["x", "--max-new-tokens", "40", "--max-cache-tokens", "30"], "the cache cannot hold 41 tokens a row"),
         (["x", "--num-samples", "0"], "num_samples=0 is out of range"),
         (["x", "--seed", "-1"], "seed=-1 is out of range"),
+        (["x", "--speculate", "17"], "speculate=17 is out of range"),
         (["x", "--stop", ""], "stop='' is not a stop string"),
     ],
 )

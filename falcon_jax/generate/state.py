@@ -1,0 +1,64 @@
+"""What the engine's jitted functions hand to one another and to the host.
+
+Letters: B batch, S cache length, V vocabulary, C columns of a chunk.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from falcon_jax.config import FalconConfig
+from falcon_jax.model.cache import KVCache
+from falcon_jax.model.step import ForwardOptions
+
+# The most steps that one call of `decode` makes. The host looks at the tokens only between calls.
+CHUNK = 32
+
+
+class Model(NamedTuple):
+    """What is static in every jitted function here; engines with equal ones share executables."""
+
+    config: FalconConfig
+    options: ForwardOptions
+    mesh: Mesh | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class DecodeState:
+    """What a step reads and writes; donated to every call of `decode`.
+
+    cache: all tokens but each row's last.
+    tokens: each row's last token, which the next step feeds.
+    done: rows that have ended; they write nothing and keep their length.
+    seen: tokens in the prompt or generated; None without a repetition penalty.
+    history: each token in the column of its position, prompts included; None without speculation.
+    """
+
+    cache: KVCache
+    tokens: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+    history: Int[Array, "B S"] | None = None
+
+
+class Chunk(NamedTuple):
+    """What some steps made: row b's new tokens are its first counts[b] columns. Log probabilities float32.
+
+    steps: how many steps each row took part in.
+    """
+
+    tokens: Int[Array, "B C"]
+    logprobs: Float[Array, "B C"]
+    counts: Int[Array, " B"]
+    steps: Int[Array, " B"]
+    done: Bool[Array, " B"]
+
+    @classmethod
+    def empty(cls, done: Bool[Array, " B"], num_columns: int) -> "Chunk":
+        zeros = jnp.zeros((done.shape[0], num_columns), jnp.int32)
+        return cls(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0], done)

@@ -1,0 +1,101 @@
+"""Weights of 8 and 4 bits: what they stand for, how they are packed, and products with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.quantized_matmul import FORMS, QuantizedWeight, dequantize, quantize, quantized_matmul, storage
+from pallas_kernels.quantized_matmul.formats import pack, unpack
+from pallas_kernels.quantized_matmul.reference import matmul_reference
+from tests.pallas_kernels.tolerance import require_close
+
+# 4544 / 128 is 35.5: the last group of falcon-7b's projections is half full.
+SHAPES = [(128, 8), (64, 3), (200, 5), (4544, 16), (1, 1)]
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_come_back_within_half_a_step(form, shape):
+    w = normal(*shape)
+    made = quantize(jnp.asarray(w), form)
+    expected = storage(form, *shape)
+    assert (made.form, made.values.shape, made.scales.shape) == (form, expected.values.shape, expected.scales.shape)
+    assert (made.values.dtype, made.scales.dtype) == (expected.values.dtype, expected.scales.dtype)
+    error = np.abs(np.asarray(dequantize(made, shape[0])) - w)
+    if form == "int8":
+        assert np.all(error <= 0.5001 * np.abs(w).max(axis=0) / 127)
+    else:
+        # Half a step, or what the search for a scale cut off: at most a quarter of the largest, and the side of -8.
+        groups = np.pad(np.abs(w), ((0, -shape[0] % 128), (0, 0))).reshape(-1, 128, shape[1])
+        largest = np.repeat(groups.max(axis=1), 128, axis=0)[: shape[0]]
+        assert np.all(error <= 0.36 * largest)
+        assert np.sqrt((error**2).mean()) <= 0.11 * np.sqrt((w**2).mean()) + 1e-6 or shape[0] < 64
+
+
+def test_searching_for_a_scale_loses_to_no_fixed_one():
+    w = normal(256, 64)
+    groups = w.reshape(2, 128, 64)
+    step = np.abs(groups).max(axis=1, keepdims=True) / 7
+    plain = np.clip(np.round(groups / step), -8, 7) * step
+    error = np.asarray(dequantize(quantize(jnp.asarray(w), "int4"), 256)) - w
+    assert (error**2).mean() < 0.85 * ((plain - groups) ** 2).mean()
+
+
+def test_packing_keeps_every_code_and_puts_halves_of_a_group_together():
+    codes = np.random.default_rng(0).integers(-8, 8, (256, 3)).astype(np.int8)
+    packed = pack(jnp.asarray(codes))
+    np.testing.assert_array_equal(unpack(packed), codes)
+    assert int(packed[64 + 5, 1]) == (int(codes[128 + 5, 1]) + 8) | (int(codes[128 + 64 + 5, 1]) + 8) << 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zeros_stay_zeros(form):
+    made = quantize(jnp.zeros((130, 4)), form)
+    np.testing.assert_array_equal(dequantize(made, 130), np.zeros((130, 4)))
+    assert np.all(np.isfinite(made.scales))
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (3, 5), (2, 1, 7)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(200, 24), (4544, 16)])
+@pytest.mark.parametrize("form", FORMS)
+def test_products(form, shape, dtype, rows):
+    weight = quantize(jnp.asarray(normal(*shape)), form)
+    x = jnp.asarray(normal(*rows, shape[0], seed=1), dtype)
+    exact = matmul_reference(x.astype(jnp.float32), weight)
+    plain = x @ dequantize(weight, shape[0]).astype(dtype)
+    made = jax.jit(quantized_matmul)(x, weight)
+    assert (made.dtype, made.shape) == (x.dtype, (*rows, shape[1]))
+    if dtype == "float32":  # the plain version is the exact one
+        np.testing.assert_allclose(made, exact, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(exact))))
+    else:
+        require_close(made, plain, exact)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_and_vmap_see_the_weight_that_it_stands_for(form):
+    weight = quantize(jnp.asarray(normal(200, 8)), form)
+    x = jnp.asarray(normal(3, 200, seed=2))
+    gradient = jax.grad(lambda x: jnp.sum(quantized_matmul(x, weight) ** 2))(x)
+    plain = dequantize(weight, 200)
+    np.testing.assert_allclose(gradient, 2 * (x @ plain) @ plain.T, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        jax.vmap(quantized_matmul, (0, None))(x, weight), quantized_matmul(x, weight), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_what_does_not_fit_is_named():
+    weight = quantize(jnp.asarray(normal(200, 8)), "int4")
+    with pytest.raises(ValueError, match=r"int4 values \(128, 8\) with scales \(2, 8\) do not fit x \(3, 300\)"):
+        quantized_matmul(jnp.zeros((3, 300)), weight)
+    with pytest.raises(ValueError, match="'int3'; known are 'int8', 'int4'"):
+        quantize(jnp.zeros((4, 4)), "int3")
+    with pytest.raises(ValueError, match="implementation='fast' is unknown"):
+        quantized_matmul(jnp.zeros((3, 200)), weight, implementation="fast")
+    with pytest.raises(ValueError, match="do not fit"):
+        quantized_matmul(jnp.zeros((3, 200)), QuantizedWeight(weight.values, weight.scales[:1]))
