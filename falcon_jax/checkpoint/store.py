@@ -57,7 +57,8 @@ class ArrayFolder:
         # Keys with dots make the same file names as nested ones.
         self._save(incoming, dict(arrays))
         for path in arrays:
-            shutil.rmtree(self._folder / path)
+            if (self._folder / path).exists():  # not where a process was killed right here
+                shutil.rmtree(self._folder / path)
             os.rename(incoming / path, self._folder / path)
         shutil.rmtree(incoming)
 
