@@ -1,14 +1,18 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from falcon_jax.checkpoint import CheckpointError, convert, hf_files, load
 from falcon_jax.checkpoint.convert import Conversion
+from falcon_jax.checkpoint.store import ArrayFolder
 from tests import hf_models
 
 ROOT = Path(__file__).parents[2]
@@ -135,3 +139,13 @@ def test_peak_memory_is_within_twice_the_largest_tensor_and_500_mb(tmp_path):
     assert measured["extra"] >= measured["largest"], "the measurement itself is wrong"
     # What matters is that it does not grow with the model.
     assert measured["extra"] < measured["total"] / 2, measured
+
+
+def test_an_array_is_put_where_a_killed_process_had_deleted_the_placeholder(tmp_path):
+    folder = ArrayFolder(tmp_path / "params")
+    folder.create(["a.weight", "b.weight"])
+    shutil.rmtree(tmp_path / "params" / "a.weight")
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    folder.put({"a.weight": array, "b.weight": array})
+    read = folder.read_host({"a.weight": jax.ShapeDtypeStruct(array.shape, array.dtype)})
+    np.testing.assert_array_equal(read["a.weight"], array)
