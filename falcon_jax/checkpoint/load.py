@@ -93,10 +93,8 @@ def _load_converted(
         for path, array in batch.items():
             if verify:
                 started[path] = start_checksum(array)
-            if manifest.weights == weights != "native" and path not in native:
-                arrays[path] = array
-            else:
-                arrays |= _kept(path, array, cast, weights, mesh)
+            # An array that no native checkpoint has is part of a weight in few bits already.
+            arrays |= _kept(path, array, cast, weights, mesh) if path in native else {path: array}
     for path, words in started.items():
         if finish_checksum(words) != records[path].checksum:
             raise CheckpointError(

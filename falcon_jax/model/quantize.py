@@ -19,7 +19,7 @@ from pallas_kernels.quantized_matmul import FORMS, QuantizedWeight, quantize, st
 WEIGHTS = ("native", *FORMS)
 _PROJECTION = re.compile(r"layers\.\d+\.(attention\.(query|key|value|output)|mlp\.(up|down))\.weight")
 # Of a host's array at a time: what is computed in float32 stays small beside the tensor.
-_HOST_COLUMNS = 1024
+_HOST_COLUMNS = 256
 
 
 def require_weights(weights: str) -> str:
@@ -56,8 +56,8 @@ def on_device(path: str, array: jax.Array, weights: str, layouts: Mapping[str, A
     """A native parameter's arrays by path, quantized where it lies and laid out as `layouts` says of those paths."""
     if weights == "native" or not is_quantizable(path):
         return {path: array}
-    arrays = QuantizedWeight(*(layouts[name] for name in named(path, QuantizedWeight(None, None))))
-    return named(path, _quantizer(weights, matrix_shape(path, array.shape), arrays)(array))
+    wanted = QuantizedWeight(*(layouts[f"{path}.{name}"] for name in QuantizedWeight._fields))
+    return named(path, _quantizer(weights, matrix_shape(path, array.shape), wanted)(array))
 
 
 def on_host(path: str, array: np.ndarray, weights: str) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, dequantize, unpack
+from pallas_kernels.quantized_matmul.formats import QuantizedWeight, dequantize
 
 
 def matmul_reference(x: Float[Array, "*rows I"], weight: QuantizedWeight) -> Float[Array, "*rows O"]:
@@ -22,10 +22,7 @@ def matmul_xla(x: Float[Array, "*rows I"], weight: QuantizedWeight) -> Float[Arr
     if weight.form == "int8":
         y = _product(x, weight.values.astype(x.dtype)) * weight.scales
         return y.astype(x.dtype)
-    codes = unpack(weight.values).astype(jnp.float32)
-    groups = codes.reshape(-1, GROUP, codes.shape[-1]) * weight.scales.astype(jnp.float32)[:, None]
-    rounded = groups.astype(x.dtype).reshape(codes.shape)[: x.shape[-1]]
-    return _product(x, rounded).astype(x.dtype)
+    return _product(x, dequantize(weight, x.shape[-1]).astype(x.dtype)).astype(x.dtype)
 
 
 def _product(x: Array, w: Array) -> Array:

@@ -15,6 +15,7 @@ from falcon_jax.generate.sampling import Sampling
 from falcon_jax.model import params as model_params
 from tests import models
 from tests.compilations import count_compilations
+from tests.generate.runs import drain
 
 NO_EOS = {"eos_token_ids": ()}
 PROMPTS = [[5, 17, 3, 90, 41], [8] * 17 + [2, 31], [60]]
@@ -36,13 +37,7 @@ def run(
     engine: Engine, prompts, max_new_tokens: int = 20, sampling: Sampling = GREEDY, chunk: int = CHUNK, **options
 ) -> tuple[list[list[int]], list[list[float]]]:
     generation = engine.start(prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options)
-    tokens: list[list[int]] = [[] for _ in range(generation.num_rows)]
-    logprobs: list[list[float]] = [[] for _ in range(generation.num_rows)]
-    while not generation.finished:
-        for row, (new, new_logprobs) in enumerate(zip(*generation.next_chunk(chunk))):
-            tokens[row] += new
-            logprobs[row] += new_logprobs
-    return tokens, logprobs
+    return drain(generation, chunk)
 
 
 # Every variant, against transformers too: test_hf_parity.py. There ALiBi is rounded, here it is not.

@@ -15,6 +15,7 @@ from falcon_jax.generate.sampling import Sampling, row_keys, sample_at
 from falcon_jax.model import params as model_params
 from tests import models
 from tests.compilations import count_compilations
+from tests.generate.runs import drain
 
 VARIANTS = ["falcon-7b", "falcon-rw-1b", "falcon-40b"]  # RoPE multi-query; ALiBi multi-head, sequential; grouped
 # One that repeats itself, one that does not, and one shorter than any n-gram.
@@ -47,13 +48,7 @@ def run(
     engine: Engine, prompts, max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY, chunk=CHUNK, **options
 ) -> tuple[list[list[int]], list[list[float]], Generation]:
     generation = engine.start(prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options)
-    tokens: list[list[int]] = [[] for _ in range(generation.num_rows)]
-    logprobs: list[list[float]] = [[] for _ in range(generation.num_rows)]
-    while not generation.finished:
-        for row, (new, new_logprobs) in enumerate(zip(*generation.next_chunk(chunk))):
-            tokens[row] += new
-            logprobs[row] += new_logprobs
-    return tokens, logprobs, generation
+    return *drain(generation, chunk), generation
 
 
 def check_equal(engine: Engine, prompts=PROMPTS, *, num_drafted: int = 4, **options) -> tuple[Generation, Generation]:
