@@ -8,7 +8,7 @@ from pallas_kernels.decode_attention.cluster import Exchange
 PAGE = 64  # slots of a page
 MAX_HEADS = {64: 80, 128: 64}  # query heads a block can hold in registers, by head dim
 MAX_CLUSTER = 16  # blocks of a cluster
-MAX_LARGE_CLUSTERS = 4  # of 16 blocks that certainly run at once: eight did not
+MAX_LARGE_CLUSTERS = 4  # of 16 blocks: eight took nearly twice the time of four, as if they did not all run at once
 MAX_GRID_SPLITS = 128  # results that are combined in one go
 REDUCTION_BYTES = 16384  # for sums over results that lie in memory: with less they wait for one another
 SCRATCH_BYTES = 10240  # barriers, slopes, pieces of the result and room to align them
