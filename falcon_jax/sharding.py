@@ -20,10 +20,10 @@ AXES = ("data", "fsdp", "tensor", "stage")
 
 # First match wins. A letter's axis: D -> fsdp, N, K, F, V -> tensor; H is never split.
 PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
-    # In few bits [I, O], packed along I; scales [O], or [I / 128, O].
-    (r".*\.(query|key|value|up)\.weight\.values", PartitionSpec("fsdp", "tensor")),
-    (r".*\.(output|down)\.weight\.values", PartitionSpec("tensor", "fsdp")),
-    (r".*\.weight\.scales", PartitionSpec()),  # a hundredth of the values: each device takes what it needs
+    # In few bits, tiles of 64 outputs and 128 inputs: Q P words, the outputs first.
+    (r".*\.(query|key|value|up)\.weight\.values", PartitionSpec("tensor", "fsdp", None)),
+    (r".*\.(output|down)\.weight\.values", PartitionSpec("fsdp", "tensor", None)),
+    (r".*\.weight\.scales", PartitionSpec()),  # 1/32 of the values at most: each device takes what it needs
     (r"embed\.weight", PartitionSpec("tensor", "fsdp")),  # V D
     (r"lm_head\.weight", PartitionSpec("fsdp", "tensor")),  # D V
     (r".*\.(query|key|value)\.weight", PartitionSpec("fsdp", "tensor", None)),  # D N H

@@ -34,7 +34,7 @@ DTYPES = {
     "float32": np.dtype(np.float32),
 }
 # What weights of few bits are made of, beside these.
-STORED_DTYPES = DTYPES | {"int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
+STORED_DTYPES = DTYPES | {"int32": np.dtype(np.int32)}
 # What transformers and tokenizers keep beside the weights, copied as it is.
 CARRIED_FILES = (
     "config.json",

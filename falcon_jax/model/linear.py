@@ -71,7 +71,7 @@ class Linear(nnx.Module):
         # One plain matrix product, whatever the shapes: XLA has its fast paths for those.
         x = x.reshape(*leading, math.prod(self.inputs))
         if isinstance(self.weight, Quantized):
-            product = quantized_matmul(x, self.weight.arrays())
+            product = quantized_matmul(x, self.weight.arrays(), math.prod(self.outputs))
         else:
             product = multiply(x, self.weight[...].reshape(math.prod(self.inputs), math.prod(self.outputs)))
         product = product.reshape(*leading, *self.outputs)

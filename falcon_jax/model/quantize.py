@@ -1,8 +1,8 @@
 """Which parameters have a form of 8 or 4 bits, and how a tree with them is made of one without.
 
 Those of the blocks' projections do: nearly all bytes that a decoding step reads. Embedding, head, norms and biases
-keep the model's dtype. A quantized weight at path p is two arrays, p.values and p.scales, of a matrix whose rows are
-the projection's inputs, all of them, and whose columns its outputs (pallas_kernels/quantized_matmul/formats.py).
+keep the model's dtype. A quantized weight at path p is two arrays, p.values and p.scales, tiles of a matrix whose rows
+are the projection's inputs, all of them, and whose columns its outputs (pallas_kernels/quantized_matmul/formats.py).
 """
 
 import functools
@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels.quantized_matmul import FORMS, QuantizedWeight, quantize, storage
+from pallas_kernels.quantized_matmul import FORMS, TILE_OUTPUTS, QuantizedWeight, quantize, storage
 
 WEIGHTS = ("native", *FORMS)
 _PROJECTION = re.compile(r"layers\.\d+\.(attention\.(query|key|value|output)|mlp\.(up|down))\.weight")
-# Of a host's array at a time: what is computed in float32 stays small beside the tensor.
-_HOST_COLUMNS = 256
+# Of a host's array at a time, whole tiles: what is computed in float32 stays small beside the tensor.
+_HOST_COLUMNS = 4 * TILE_OUTPUTS
 
 
 def require_weights(weights: str) -> str:
@@ -68,10 +68,11 @@ def on_host(path: str, array: np.ndarray, weights: str) -> dict[str, np.ndarray]
     made = QuantizedWeight(*(np.empty(part.shape, part.dtype) for part in storage(weights, *matrix.shape)))
     cpu = jax.local_devices(backend="cpu")[0]
     for first in range(0, matrix.shape[1], _HOST_COLUMNS):
-        columns = slice(first, first + _HOST_COLUMNS)
-        part = quantize(jax.device_put(np.ascontiguousarray(matrix[:, columns]), cpu), weights)
+        columns = np.ascontiguousarray(matrix[:, first : first + _HOST_COLUMNS])
+        part = quantize(jax.device_put(columns, cpu), weights)
+        tile = first // TILE_OUTPUTS
         for whole, some in zip(made, part, strict=True):
-            whole[..., columns] = np.asarray(some)
+            whole[tile : tile + len(some)] = np.asarray(some)
     return named(path, made)
 
 

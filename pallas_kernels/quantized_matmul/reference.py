@@ -5,25 +5,29 @@ y[r, o] = sum_i x[r, i] w[i, o], w as in formats.py
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
-from pallas_kernels.quantized_matmul.formats import QuantizedWeight, dequantize
+from pallas_kernels.quantized_matmul.formats import QuantizedWeight, dequantize, dequantize_transposed, unpack
 
 
-def matmul_reference(x: Float[Array, "*rows I"], weight: QuantizedWeight) -> Float[Array, "*rows O"]:
+def matmul_reference(x: Float[Array, "*rows I"], weight: QuantizedWeight, num_outputs: int) -> Float[Array, "*rows O"]:
     """The formula, weights and products in float32, rounded once to x's dtype."""
-    y = jnp.matmul(x.astype(jnp.float32), dequantize(weight, x.shape[-1]), precision=lax.Precision.HIGHEST)
+    w = dequantize(weight, x.shape[-1], num_outputs)
+    y = jnp.matmul(x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
     return y.astype(x.dtype)
 
 
-def matmul_xla(x: Float[Array, "*rows I"], weight: QuantizedWeight) -> Float[Array, "*rows O"]:
+def matmul_xla(x: Float[Array, "*rows I"], weight: QuantizedWeight, num_outputs: int) -> Float[Array, "*rows O"]:
     """Codes in x's dtype, which holds them exactly, are the operands of one product (int8); weights rounded to x's
     dtype are (int4), since a product for each group would keep all its sums."""
     if weight.form == "int8":
-        y = _product(x, weight.values.astype(x.dtype)) * weight.scales
-        return y.astype(x.dtype)
-    return _product(x, dequantize(weight, x.shape[-1]).astype(x.dtype)).astype(x.dtype)
+        y = _product(x, unpack(weight.values), num_outputs) * weight.scales.reshape(-1)[:num_outputs]
+    else:
+        y = _product(x, dequantize_transposed(weight), num_outputs)
+    return y.astype(x.dtype)
 
 
-def _product(x: Array, w: Array) -> Array:
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(x: Array, w: Num[Array, "outputs inputs"], num_outputs: int) -> Array:
+    # Cut before the product: the kernel that unpacks leaves out what fills the last tiles, and x need not be padded.
+    w = w[:num_outputs, : x.shape[-1]].astype(x.dtype)
+    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,5 +1,7 @@
 """Models whose projections have 8 or 4 bits: the same as the native model of the weights that they stand for."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import falcon_jax
 from falcon_jax import sharding
 from falcon_jax.checkpoint import CheckpointError, load
+from falcon_jax.checkpoint.manifest import Manifest
 from falcon_jax.model import params as model_params
 from falcon_jax.model import quantize
 from pallas_kernels.quantized_matmul import FORMS, QuantizedWeight, dequantize
@@ -33,7 +36,7 @@ def native_again(params, config, dtype="float32"):
             made[path] = leaves[path]
         else:
             weight = QuantizedWeight(leaves[f"{path}.values"], leaves[f"{path}.scales"])
-            made[path] = dequantize(weight, quantize.matrix_shape(path, leaf.shape)[0]).reshape(leaf.shape)
+            made[path] = dequantize(weight, *quantize.matrix_shape(path, leaf.shape)).reshape(leaf.shape)
     return model_params.unflatten(made)
 
 
@@ -63,7 +66,8 @@ def test_eight_bits_are_closer_than_four():
 
 @pytest.mark.parametrize("weights", FORMS)
 def test_described_and_made_trees_are_alike(weights):
-    config = tiny("falcon-7b")
+    # Neither 320 inputs nor some of the outputs are whole tiles, and the host takes 1184 outputs in several pieces.
+    config = tiny("falcon-7b", width=320, num_heads=5, mlp_width=1184)
     described = model_params.flatten(model_params.abstract(config, "bfloat16", weights))
     made = model_params.flatten(model_params.init(config, jax.random.key(0), jnp.bfloat16, weights=weights))
     assert {path: (x.shape, x.dtype) for path, x in made.items()} == {
@@ -75,16 +79,26 @@ def test_described_and_made_trees_are_alike(weights):
     assert model_params.num_bytes(made) < model_params.num_bytes(native)
 
 
+# Tiles of outputs and inputs in all, and of each of 2 x 2 devices: what does not divide is on all of them.
+UP_AND_DOWN = {
+    64: {"up": ((4, 1), (2, 1)), "down": ((1, 2), (1, 1))},
+    256: {"up": ((16, 2), (8, 1)), "down": ((4, 8), (2, 4))},
+}
+
+
+@pytest.mark.parametrize("width", UP_AND_DOWN)
 @pytest.mark.parametrize("weights", FORMS)
-def test_a_mesh_changes_nothing(weights, cpu_devices):
-    config = tiny("falcon-40b")
+def test_a_mesh_changes_nothing(weights, width, cpu_devices):
+    config = tiny("falcon-40b", width=width, mlp_width=4 * width, initializer_range=0.1)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=cpu_devices)
     key = jax.random.key(3)
     with jax.default_device(cpu_devices[0]):
         plain = falcon_jax.Falcon.from_config(config, key=key, dtype="float32", weights=weights)
         spread = falcon_jax.Falcon.from_config(config, key=key, dtype="float32", weights=weights, mesh=mesh)
-        values = spread.params["layers"][0]["mlp"]["up"]["weight"]["values"]
-        assert values.sharding.shard_shape(values.shape) == (values.shape[0] // 2, values.shape[1] // 2)
+        for name, (tiles, tiles_of_a_device) in UP_AND_DOWN[width].items():
+            values = spread.params["layers"][0]["mlp"][name]["weight"]["values"]
+            assert values.shape[:2] == tiles
+            assert values.sharding.shard_shape(values.shape) == (*tiles_of_a_device, values.shape[2])
         np.testing.assert_allclose(spread.logits(IDS), plain.logits(IDS), rtol=1e-4, atol=1e-4)
 
 
@@ -106,12 +120,24 @@ def test_converted_and_loaded_on_the_fly_are_the_same_bits(weights, tmp_path):
         falcon_jax.Falcon.from_checkpoint(converted)
     with pytest.raises(CheckpointError, match="export a native conversion"):
         falcon_jax.export(converted, tmp_path / "back")
-    array = converted / "params" / "layers.0.mlp.up.weight.values" / "0.0"
+    array = converted / "params" / "layers.0.mlp.up.weight.values" / "0.0.0"
     damaged = bytearray(array.read_bytes())
     damaged[3] ^= 1
     array.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"mlp\.up\.weight\.values has changed"):
         falcon_jax.Falcon.from_checkpoint(converted, weights=weights)
+
+
+@pytest.mark.parametrize("weights", FORMS)
+def test_a_folder_of_another_layout_is_refused(weights, tmp_path):
+    hf_models.save_model(hf_models.make_model(hf_models.tiny_config("falcon-7b")), tmp_path / "hf")
+    folder = falcon_jax.convert(tmp_path / "hf", tmp_path / "few", weights=weights, progress=False)
+    made = Manifest.read(folder)
+    path = "layers.0.mlp.up.weight.values"
+    rows_of_outputs = dataclasses.replace(made.arrays[path], shape=(40, 160), dtype="int8")
+    dataclasses.replace(made, arrays={**made.arrays, path: rows_of_outputs}).write(folder)
+    with pytest.raises(CheckpointError, match="does not list the arrays of its configuration: convert again"):
+        falcon_jax.Falcon.from_checkpoint(folder, weights=weights)
 
 
 def test_unknown_weights_are_named(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.quantized_matmul import FORMS, QuantizedWeight, dequantize, quantize, quantized_matmul, storage
-from pallas_kernels.quantized_matmul.formats import pack, unpack
+from pallas_kernels.quantized_matmul.formats import dequantize_transposed, pack, unpack
 from pallas_kernels.quantized_matmul.reference import matmul_reference
 from tests.pallas_kernels.tolerance import require_close
 
@@ -18,6 +18,11 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def some_codes(form: str, *shape: int) -> np.ndarray:
+    lowest, highest = (-127, 127) if form == "int8" else (-8, 7)
+    return np.random.default_rng(0).integers(lowest, highest + 1, shape).astype(np.int8)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_come_back_within_half_a_step(form, shape):
@@ -26,7 +31,7 @@ def test_weights_come_back_within_half_a_step(form, shape):
     expected = storage(form, *shape)
     assert (made.form, made.values.shape, made.scales.shape) == (form, expected.values.shape, expected.scales.shape)
     assert (made.values.dtype, made.scales.dtype) == (expected.values.dtype, expected.scales.dtype)
-    error = np.abs(np.asarray(dequantize(made, shape[0])) - w)
+    error = np.abs(np.asarray(dequantize(made, *shape)) - w)
     if form == "int8":
         assert np.all(error <= 0.5001 * np.abs(w).max(axis=0) / 127)
     else:
@@ -42,21 +47,51 @@ def test_searching_for_a_scale_loses_to_no_fixed_one():
     groups = w.reshape(2, 128, 64)
     step = np.abs(groups).max(axis=1, keepdims=True) / 7
     plain = np.clip(np.round(groups / step), -8, 7) * step
-    error = np.asarray(dequantize(quantize(jnp.asarray(w), "int4"), 256)) - w
+    error = np.asarray(dequantize(quantize(jnp.asarray(w), "int4"), 256, 64)) - w
     assert (error**2).mean() < 0.85 * ((plain - groups) ** 2).mean()
 
 
-def test_packing_keeps_every_code_and_puts_halves_of_a_group_together():
-    codes = np.random.default_rng(0).integers(-8, 8, (256, 3)).astype(np.int8)
-    packed = pack(jnp.asarray(codes))
-    np.testing.assert_array_equal(unpack(packed), codes)
-    assert int(packed[64 + 5, 1]) == (int(codes[128 + 5, 1]) + 8) | (int(codes[128 + 64 + 5, 1]) + 8) << 4
+@pytest.mark.parametrize("form", FORMS)
+def test_packing_keeps_every_code(form):
+    codes = some_codes(form, 192, 256)
+    values = pack(jnp.asarray(codes), form)
+    assert (values.shape, values.dtype) == ((3, 2, 2048 if form == "int8" else 1024), jnp.int32)
+    np.testing.assert_array_equal(unpack(values), codes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_code_lies_where_the_thread_that_multiplies_it_reads_it(form):
+    """The formulas of formats.py, bit by bit; those of outputs and inputs are PTX's for wgmma.m64nNk16."""
+    codes = some_codes(form, 192, 256)
+    values = np.asarray(pack(jnp.asarray(codes), form)).view(np.uint32)
+    rng = np.random.default_rng(1)
+    for _ in range(500):
+        tile_q, tile_p, warp, g, q, s = (int(rng.integers(size)) for size in (3, 2, 4, 8, 4, 8))
+        r, h, e = (int(bit) for bit in rng.integers(0, 2, 3))
+        code = int(codes[64 * tile_q + 16 * warp + 8 * r + g, 128 * tile_p + 16 * s + 8 * h + 2 * q + e])
+        j = s if form == "int4" else 2 * s + r
+        word = int(values[tile_q, tile_p, (j // 4) * 512 + 4 * (32 * warp + 4 * g + q) + j % 4])
+        if form == "int4":
+            assert (word >> 4 * (2 * h + r + 4 * e)) & 15 == code + 8
+        else:
+            assert (word >> 8 * (2 * h + e)) & 255 == code + 128
+
+
+@pytest.mark.parametrize("shape", [(200, 5), (4544, 16), (1, 1)])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_fills_the_last_tiles_counts_as_zero(form, shape):
+    made = quantize(jnp.asarray(normal(*shape)), form)
+    whole = np.asarray(dequantize_transposed(made))
+    assert whole.shape == (64 * -(-shape[1] // 64), 128 * -(-shape[0] // 128))
+    np.testing.assert_array_equal(whole[: shape[1], : shape[0]].T, dequantize(made, *shape))
+    assert not np.any(whole[shape[1] :]) and not np.any(whole[:, shape[0] :])
+    assert np.all(np.isfinite(made.scales))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_zeros_stay_zeros(form):
     made = quantize(jnp.zeros((130, 4)), form)
-    np.testing.assert_array_equal(dequantize(made, 130), np.zeros((130, 4)))
+    np.testing.assert_array_equal(dequantize(made, 130, 4), np.zeros((130, 4)))
     assert np.all(np.isfinite(made.scales))
 
 
@@ -67,9 +102,9 @@ def test_zeros_stay_zeros(form):
 def test_products(form, shape, dtype, rows):
     weight = quantize(jnp.asarray(normal(*shape)), form)
     x = jnp.asarray(normal(*rows, shape[0], seed=1), dtype)
-    exact = matmul_reference(x.astype(jnp.float32), weight)
-    plain = x @ dequantize(weight, shape[0]).astype(dtype)
-    made = jax.jit(quantized_matmul)(x, weight)
+    exact = matmul_reference(x.astype(jnp.float32), weight, shape[1])
+    plain = x @ dequantize(weight, *shape).astype(dtype)
+    made = jax.jit(quantized_matmul, static_argnames="num_outputs")(x, weight, num_outputs=shape[1])
     assert (made.dtype, made.shape) == (x.dtype, (*rows, shape[1]))
     if dtype == "float32":  # the plain version is the exact one
         np.testing.assert_allclose(made, exact, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(exact))))
@@ -81,21 +116,26 @@ def test_products(form, shape, dtype, rows):
 def test_gradients_and_vmap_see_the_weight_that_it_stands_for(form):
     weight = quantize(jnp.asarray(normal(200, 8)), form)
     x = jnp.asarray(normal(3, 200, seed=2))
-    gradient = jax.grad(lambda x: jnp.sum(quantized_matmul(x, weight) ** 2))(x)
-    plain = dequantize(weight, 200)
+    gradient = jax.grad(lambda x: jnp.sum(quantized_matmul(x, weight, 8) ** 2))(x)
+    plain = dequantize(weight, 200, 8)
     np.testing.assert_allclose(gradient, 2 * (x @ plain) @ plain.T, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(
-        jax.vmap(quantized_matmul, (0, None))(x, weight), quantized_matmul(x, weight), rtol=1e-5, atol=1e-4
-    )
+    each = jax.vmap(lambda row: quantized_matmul(row, weight, 8))(x)
+    np.testing.assert_allclose(each, quantized_matmul(x, weight, 8), rtol=1e-5, atol=1e-4)
 
 
 def test_what_does_not_fit_is_named():
     weight = quantize(jnp.asarray(normal(200, 8)), "int4")
-    with pytest.raises(ValueError, match=r"int4 values \(128, 8\) with scales \(2, 8\) do not fit x \(3, 300\)"):
-        quantized_matmul(jnp.zeros((3, 300)), weight)
+    found = r"int4 values \(1, 2, 1024\) with scales \(1, 2, 64\)"
+    with pytest.raises(ValueError, match=found + r" do not fit x \(3, 300\) and 8 outputs, .* \(1, 3, 1024\) with"):
+        quantized_matmul(jnp.zeros((3, 300)), weight, 8)
+    with pytest.raises(ValueError, match=found + r" do not fit x \(3, 200\) and 65 outputs, .* \(2, 2, 1024\) with"):
+        quantized_matmul(jnp.zeros((3, 200)), weight, 65)
     with pytest.raises(ValueError, match="'int3'; known are 'int8', 'int4'"):
         quantize(jnp.zeros((4, 4)), "int3")
     with pytest.raises(ValueError, match="implementation='fast' is unknown"):
-        quantized_matmul(jnp.zeros((3, 200)), weight, implementation="fast")
+        quantized_matmul(jnp.zeros((3, 200)), weight, 8, implementation="fast")
     with pytest.raises(ValueError, match="do not fit"):
-        quantized_matmul(jnp.zeros((3, 200)), QuantizedWeight(weight.values, weight.scales[:1]))
+        quantized_matmul(jnp.zeros((3, 200)), QuantizedWeight(weight.values, weight.scales[:, :1]), 8)
+    for values in (weight.values[..., :1000], weight.values[0]):
+        with pytest.raises(ValueError, match=r"values are .*; the last of their three axes is 2048 or 1024"):
+            quantized_matmul(jnp.zeros((3, 200)), QuantizedWeight(values, weight.scales), 8)

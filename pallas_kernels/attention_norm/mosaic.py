@@ -1,0 +1,348 @@
+"""The output stage for Hopper, one launch: products + residual, and the layer norms of that. Pallas, Mosaic GPU.
+
+Streams of weights (quantized_matmul/stream.py) make tiles of 64 outputs of all rows. A norm needs the mean and the
+variance of whole rows, so blocks meet once: each publishes, for its tile, every row's mean and the sum of squared
+distances from that, waits until all have, and puts them together in the same order as everybody else. Then it
+normalizes its own tile, which it has kept in shared memory.
+
+All blocks must run at once. So there are at most as many as fit the GPU, and two launches never overlap: each takes
+the counter at which its blocks meet from the launch before. The counter needs no setting to zero in between: a meeting
+adds 2^31 to it in all, and who waits looks for its highest bit to change.
+
+Where a GPU has more multiprocessors than a model has tiles, several blocks, a cluster, share out the inputs of a tile
+and meet in between, with the first of them doing the rest.
+
+Source of putting variances together: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing
+Sample Variances (1979).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat
+from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.mosaic import fitting_plan
+from pallas_kernels.quantized_matmul.stream import ROWS, Operand, Plan, Stream, arrays_of, form_of, scratch
+
+PER_ROW, PER_OUTPUT = ROWS.reduce(1), ROWS.reduce(0)
+
+
+def attention_norm_mosaic(
+    xs: Sequence[Float[Array, "R _"]],
+    weights: Sequence[Any],
+    biases: Sequence[Float[Array, " D"]],
+    residual: Float[Array, "R D"],
+    norms: Sequence[tuple[Float[Array, " D"], Float[Array, " D"]]],
+    counter: Int[Array, "1"],
+    *,
+    epsilon: float,
+    plan: Plan | None = None,
+) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, "1"]]:
+    """`attention_norm` by the kernel, for rows that are a multiple of 8, and the counter for the next launch."""
+    num_rows, width = residual.shape
+    num_sms = compat.num_sms()
+    if plan is None:
+        plan = default_plan(form_of(weights[0]), width, num_rows, num_sms)
+    return _launch(
+        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], counter,
+        epsilon=epsilon, plan=plan, num_sms=num_sms, interpretable=compat.interpreting(),
+    )  # fmt: skip
+
+
+def default_plan(form: str, width: int, num_rows: int, num_sms: int) -> Plan:
+    """One or two blocks a multiprocessor, several of them on a tile where there are fewer tiles."""
+    tiles = -(-width // TILE)
+    splits = 1
+    # Half of a multiprocessor's memory each: so they all run at once, wherever clusters find their place.
+    while tiles * splits * 2 <= num_sms + num_sms // 8 and splits < 8:
+        splits *= 2
+    per_block = -(-tiles // num_sms)
+    return fitting_plan(form, per_block, num_rows, splits, (200 if splits == 1 else 92) * 1024)
+
+
+@functools.partial(jax.jit, static_argnames=("epsilon", "plan", "num_sms", "interpretable"))
+def _launch(
+    xs, weights, biases, residual, norms, counter,
+    *, epsilon: float, plan: Plan, num_sms: int, interpretable: bool,
+):  # fmt: skip
+    num_rows, width = residual.shape
+    num_tiles = -(-width // TILE)
+    num_blocks = -(-num_tiles // plan.width)
+    settings = _Settings(
+        plan, num_rows, width, num_tiles, num_blocks, len(norms), len(biases), epsilon, interpretable
+    )
+    operands = [Operand(form_of(weight), x.shape[1], width) for x, weight in zip(xs, weights, strict=True)]
+    inputs = {
+        "xs": list(xs),
+        "weights": [arrays_of(weight) for weight in weights],
+        "columns": [*biases, *(array for norm in norms for array in norm)],
+        "residual": residual,
+    }
+    if not interpretable:
+        inputs["counter"] = jax.new_ref(counter)
+    rows = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
+    outputs = {
+        "out": rows,
+        "normed": [rows] * len(norms),
+        "moments": jax.ShapeDtypeStruct((2, num_rows, -(-num_tiles // TILE) * TILE), jnp.float32),
+    }
+    if plan.splits > 1:
+        outputs["partial"] = jax.ShapeDtypeStruct(
+            (num_blocks, plan.width, plan.splits, num_rows, TILE), jnp.float32
+        )
+    given, treedef = jax.tree.flatten(inputs)
+    made, made_treedef = jax.tree.flatten(outputs)
+
+    def body(*refs: Any, smem: dict[str, Any]) -> None:
+        arrays = treedef.unflatten(refs[: len(given)]) | made_treedef.unflatten(refs[len(given) :])
+        _Block(settings, operands, arrays, smem).run()
+
+    tile = functools.partial(plgpu.SMEM, dtype=residual.dtype)
+    smem = scratch(operands[0], plan, num_rows) | {
+        "tiles": tile((plan.width, num_rows, TILE)),
+        "normed": tile((len(norms), num_rows, TILE)),
+        "columns": tile((plan.width, len(inputs["columns"]), TILE)),
+        "ready": plgpu.Barrier(num_arrivals=plan.width * (1 + len(inputs["columns"]))),
+    }
+    if interpretable:  # no semaphores there
+        smem["met"] = plgpu.ClusterBarrier(collective_axes=("block", "split"), num_arrivals=1)
+        blocks = {"cluster": (num_blocks, plan.splits), "cluster_names": ("block", "split")}
+    else:
+        blocks = {"grid": (num_blocks,), "grid_names": ("block",)}
+        blocks |= {"cluster": (plan.splits,), "cluster_names": ("split",)}
+    if plan.splits > 1:
+        smem["shared_out"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=1)
+    results = plgpu.kernel(
+        body,
+        out_type=made,
+        num_threads=plan.warpgroups,
+        thread_name="warpgroup",
+        kernel_name="attention_norm",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        scratch_types={"smem": smem},
+        **blocks,
+    )(*given)
+    results = made_treedef.unflatten(results)
+    if not interpretable:
+        counter = jax.freeze(inputs["counter"])
+    return results["out"], results["normed"], counter
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What a kernel is compiled for."""
+
+    plan: Plan
+    num_rows: int
+    width: int
+    num_tiles: int
+    num_blocks: int
+    num_norms: int
+    num_biases: int
+    epsilon: float
+    interpretable: bool
+
+
+class _Block:
+    """One warpgroup's part in a block. The first does all that comes after the products."""
+
+    def __init__(self, settings: _Settings, operands: list[Operand], arrays: dict[str, Any], smem: dict[str, Any]):
+        self.settings, self.arrays, self.smem = settings, arrays, smem
+        plan = settings.plan
+        self.warpgroup, self.block, self.split = (lax.axis_index(name) for name in ("warpgroup", "block", "split"))
+        self.stream = Stream(
+            operands, arrays["xs"], arrays["weights"], smem, plan,
+            warpgroup=self.warpgroup,
+            block=(self.block, settings.num_blocks),
+            share=(self.split * plan.warpgroups + self.warpgroup, plan.splits * plan.warpgroups),
+            interpretable=settings.interpretable,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        self.stream.begin()
+        is_last = (self.warpgroup == 0) & (self.split == 0)
+        pl.when(is_last)(self.fetch_rest)
+
+        for i, partial in enumerate(self.stream.sums(jnp.int32(0))):
+            self.stream.gather(i, partial)
+            if self.settings.plan.splits > 1:
+                pl.when(self.warpgroup == 0)(functools.partial(self.share_out, i))
+            exists = self.tile(i) < self.settings.num_tiles
+            pl.when(is_last & exists)(functools.partial(self.add_residual, i))
+        pl.when(self.warpgroup == 0)(self.meet_and_normalize)
+
+    def tile(self, i: int) -> Any:
+        return self.stream.tile(jnp.int32(0), i)
+
+    def outputs(self, i: int) -> Any:
+        """Where the outputs of this block's i-th tile are."""
+        return pl.ds(self.tile(i) * TILE, TILE)
+
+    def fetch_rest(self) -> None:
+        """Starts copies of what is needed after the products. Past the last tile they are zeros."""
+        for i in range(self.settings.plan.width):
+            outputs = self.outputs(i)
+            residual = self.arrays["residual"].at[:, outputs]
+            plgpu.copy_gmem_to_smem(residual, self.smem["tiles"].at[i], self.smem["ready"])
+            for j, column in enumerate(self.arrays["columns"]):
+                target = self.smem["columns"].at[i, j]
+                plgpu.copy_gmem_to_smem(column.at[outputs], target, self.smem["ready"])
+
+    def share_out(self, i: int) -> None:
+        """Publishes this block's part of a tile's sums, and returns when the whole cluster has."""
+        _store(self.arrays["partial"].at[self.block, i, self.split], self.stream.gathered(i))
+        if not self.settings.interpretable:
+            _fence()
+        plgpu.barrier_arrive(self.smem["shared_out"])
+        plgpu.barrier_wait(self.smem["shared_out"])
+
+    def add_residual(self, i: int) -> None:
+        """The tile of the new residual, and what the others must know of it."""
+        settings = self.settings
+        if settings.plan.splits == 1:
+            y = self.stream.gathered(i)
+        else:
+            parts = [_load(self.arrays["partial"].at[self.block, i, j], ROWS) for j in range(settings.plan.splits)]
+            y = sum(parts[1:], parts[0])
+        if i == 0:
+            plgpu.barrier_wait(self.smem["ready"])
+        for j in range(settings.num_biases):
+            y = y + _over_rows(self.column(i, j), y.shape)
+        kept = self.smem["tiles"].at[i]
+        y = y + _load(kept, ROWS).astype(jnp.float32)
+        y = y.astype(kept.dtype)
+        _store(kept, y)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(kept, self.arrays["out"].at[:, self.outputs(i)])
+        y = y.astype(jnp.float32)
+        mean = y.sum(axis=1) * (1.0 / TILE)
+        distance = y - _over_outputs(mean, y.shape)
+        _store(self.arrays["moments"].at[0, :, self.tile(i)], mean)
+        _store(self.arrays["moments"].at[1, :, self.tile(i)], (distance * distance).sum(axis=1))
+
+    def meet_and_normalize(self) -> None:
+        settings = self.settings
+        if settings.interpretable:
+            plgpu.barrier_arrive(self.smem["met"])
+            plgpu.barrier_wait(self.smem["met"])
+        else:
+            pl.when(self.split == 0)(lambda: _meet(self.arrays["counter"], self.block, settings.num_blocks))
+
+        @pl.when(self.split == 0)
+        def _normalize():
+            for first in range(0, settings.num_rows, 8):
+                rows = pl.ds(first, 8)
+                mean, inverse = self.moments_of_rows(rows)
+                for i in range(settings.plan.width):
+                    exists = self.tile(i) < settings.num_tiles
+                    pl.when(exists)(functools.partial(self.normalize, i, rows, mean, inverse))
+            plgpu.wait_smem_to_gmem(0)
+
+    def moments_of_rows(self, rows: Any) -> tuple[Any, Any]:
+        """Mean of 8 rows, and the inverse of their standard deviation."""
+        settings = self.settings
+        means, squares = (_load(self.arrays["moments"].at[i, rows], ROWS) for i in range(2))
+        tile = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, means.shape, 1), ROWS)
+        exists = tile < settings.num_tiles
+        mean = jnp.where(exists, means, 0.0).sum(axis=1) * (1.0 / settings.num_tiles)
+        distance = means - _over_outputs(mean, means.shape)
+        squares = jnp.where(exists, squares + distance * distance * float(TILE), 0.0)
+        variance = squares.sum(axis=1) * (1.0 / settings.width)
+        return mean, lax.rsqrt(variance + settings.epsilon)
+
+    def normalize(self, i: int, rows: Any, mean: Any, inverse: Any) -> None:
+        """8 rows of one tile, by each norm."""
+        y = _load(self.smem["tiles"].at[i, rows], ROWS).astype(jnp.float32)
+        y = (y - _over_outputs(mean, y.shape)) * _over_outputs(inverse, y.shape)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
+        for j in range(self.settings.num_norms):
+            scale, shift = (self.column(i, self.settings.num_biases + 2 * j + which) for which in range(2))
+            target = self.smem["normed"].at[j, rows]
+            _store(target, (y * _over_rows(scale, y.shape) + _over_rows(shift, y.shape)).astype(target.dtype))
+        plgpu.commit_smem()
+        for j in range(self.settings.num_norms):
+            target = self.arrays["normed"][j].at[rows, self.outputs(i)]
+            plgpu.copy_smem_to_gmem(self.smem["normed"].at[j, rows], target)
+
+    def column(self, i: int, j: int) -> Any:
+        return _load(self.smem["columns"].at[i, j], PER_OUTPUT).astype(jnp.float32)
+
+
+def _load(ref: Any, layout: Any) -> Any:
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _over_rows(x: Any, dims: tuple[int, ...]) -> Any:
+    """A value an output, repeated over the rows."""
+    return lax.broadcast_in_dim(x, dims, [1])
+
+
+def _over_outputs(x: Any, dims: tuple[int, ...]) -> Any:
+    """A value a row, repeated over the outputs."""
+    return lax.broadcast_in_dim(x, dims, [0])
+
+
+def _fence() -> None:
+    """Makes what was written before visible to the whole GPU before anything that comes after."""
+
+    @plgpu.inline_mgpu()
+    def emit(_: Any = None):
+        mgpu.utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+
+    emit()
+
+
+def _meet(counter: Any, block: Any, num_blocks: int) -> None:
+    """Returns when one warpgroup of each of `num_blocks` blocks has come here; what they wrote before can be read."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def emit(_, counter, block):
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        block = block.registers.item()
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, block, mgpu.c(0, i32))
+        increment = arith.select(is_first, mgpu.c(_signed(2**31 - (num_blocks - 1)), i32), mgpu.c(1, i32))
+        mgpu.warpgroup_barrier()
+        thread = arith.remui(mgpu.thread_idx(), mgpu.c(128, i32))
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, mgpu.c(0, i32))):
+            address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(counter))
+            ptx = """{
+                .reg .b32 before, now;
+                .reg .pred waits;
+                fence.acq_rel.gpu;
+                atom.add.acq_rel.gpu.global.u32 before, [$0], $1;
+                again:
+                ld.acquire.gpu.global.u32 now, [$0];
+                xor.b32 now, now, before;
+                setp.ge.s32 waits, now, 0;
+                @waits bra again;
+                fence.acq_rel.gpu;
+            }"""
+            mgpu.utils.inline_ptx(ptx, address, increment, has_side_effects=True)
+        mgpu.warpgroup_barrier()
+
+    emit(counter, jnp.int32(block))
+
+
+def _signed(x: int) -> int:
+    """The 32 bits of x as a signed number."""
+    return (x + 2**31) % 2**32 - 2**31
+
+
+def _store(ref: Any, x: Any) -> None:
+    """ref[...] = x where x does not fill whole lines of memory, which newer versions of JAX want said."""
+    if (store := getattr(plgpu, "store", None)) is not None:
+        store(ref, x, optimized=False)
+    else:
+        ref[...] = x

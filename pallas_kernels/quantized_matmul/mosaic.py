@@ -1,0 +1,146 @@
+"""Products of a few rows with weights for Hopper, several in one launch: Pallas, Mosaic GPU. See stream.py."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import compat
+from pallas_kernels.hopper import LOG2E
+from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.stream import ROWS, Operand, Plan, Stream, arrays_of, form_of, scratch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Product:
+    """activation(x @ weight + bias), for x [R, I].
+
+    weight: [I, O], or a QuantizedWeight of as many. bias: [O] or None.
+    activation: None, or "gelu" (exact, of the product rounded to x's dtype).
+    """
+
+    x: Float[Array, "R I"]
+    weight: Any
+    bias: Float[Array, " O"] | None = None
+    num_outputs: int = dataclasses.field(default=0, metadata={"static": True})
+    activation: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def default_plan(form: str, num_tiles: int, num_rows: int, num_sms: int) -> Plan:
+    """All tiles at once where registers allow it: x is then read once a block."""
+    width = max(1, min(-(-num_tiles // num_sms), 64 // num_rows))
+    return fitting_plan(form, width, num_rows)
+
+
+def fitting_plan(form: str, width: int, num_rows: int, splits: int = 1, smem_bytes: int = 200 * 1024) -> Plan:
+    """As many stages as fit, two at least, of chunks that are not small."""
+    warpgroups = 3 if form == "native" else 4
+    groups = 2 if form == "int4" and width == 1 else 1
+    plan = Plan(warpgroups, 2, width, groups, splits)
+    while plan.warpgroups > 1 and 2 * plan.warpgroups * plan.stage_bytes(form, num_rows) > smem_bytes:
+        plan = dataclasses.replace(plan, warpgroups=plan.warpgroups - 1)
+    stages = smem_bytes // (plan.warpgroups * plan.stage_bytes(form, num_rows))
+    return dataclasses.replace(plan, stages=max(2, min(stages, 6)))
+
+
+def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> list[Float[Array, "R O"]]:
+    """All products, in one launch. Weights of one form, all with as many inputs.
+
+    Rows are a multiple of 8 here: what stands in the last ones may be anything, and makes anything.
+    """
+    num_sms = compat.num_sms()
+    if plan is None:
+        num_tiles = sum(-(-product.num_outputs // TILE) for product in products)
+        plan = default_plan(form_of(products[0].weight), num_tiles, products[0].x.shape[0], num_sms)
+    return _launch(list(products), plan=plan, num_sms=num_sms, interpretable=compat.interpreting())
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "num_sms", "interpretable"))
+def _launch(products: list[Product], *, plan: Plan, num_sms: int, interpretable: bool) -> list[Array]:
+    num_rows, num_inputs = products[0].x.shape
+    operands, num_tiles = [], 0
+    for product in products:
+        operands.append(Operand(form_of(product.weight), num_inputs, product.num_outputs, num_tiles))
+        num_tiles += operands[-1].num_tiles
+    num_blocks = min(num_sms, -(-num_tiles // plan.width))
+    out_types = [jax.ShapeDtypeStruct((num_rows, product.num_outputs), product.x.dtype) for product in products]
+    inputs = [[product.x, product.bias, *arrays_of(product.weight)] for product in products]
+    flat, treedef = jax.tree.flatten(inputs)
+
+    def body(*refs: Any, smem: dict[str, Any], out_smem: Any) -> None:
+        given, outs = treedef.unflatten(refs[: len(flat)]), refs[len(flat) :]
+        xs, biases, weights = [g[0] for g in given], [g[1] for g in given], [g[2:] for g in given]
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        stream = Stream(
+            operands, xs, weights, smem, plan,
+            warpgroup=warpgroup,
+            block=(block, num_blocks),
+            share=(warpgroup, plan.warpgroups),
+            interpretable=interpretable,
+        )  # fmt: skip
+        stream.begin()
+        own_smem = out_smem.at[warpgroup]
+
+        def finish(number: Any, tile: Any, k: int) -> None:
+            y = stream.gathered(number).astype(own_smem.dtype)
+            outputs = pl.ds((tile - operands[k].first_tile) * TILE, TILE)
+            if biases[k] is not None:
+                bias = plgpu.load(biases[k].at[outputs], layout=ROWS.reduce(0), optimized=False)
+                y = y + lax.broadcast_in_dim(bias, y.shape, [1])
+            if products[k].activation == "gelu":
+                y = gelu(y.astype(jnp.float32)).astype(y.dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this warpgroup's tile before
+            own_smem[...] = y
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own_smem, outs[k].at[:, outputs])
+
+        def take_turn(turn: Any, carry: None) -> None:
+            for i, partial in enumerate(stream.sums(turn)):
+                number, tile = turn * plan.width + i, stream.tile(turn, i)
+                stream.gather(number, partial)
+                # Each in its turn, while the others go on.
+                is_mine = lax.rem(number, jnp.int32(plan.warpgroups)) == warpgroup
+                for k, operand in enumerate(operands):
+                    is_own = (tile >= operand.first_tile) & (tile < operand.first_tile + operand.num_tiles)
+                    pl.when(is_mine & is_own)(functools.partial(finish, number, tile, k))
+            return carry
+
+        lax.fori_loop(0, stream.num_turns, take_turn, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=out_types,
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=plan.warpgroups,
+        thread_name="warpgroup",
+        kernel_name="project",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        scratch_types={
+            "smem": scratch(operands[0], plan, num_rows),
+            "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
+        },
+    )(*flat)
+
+
+def gelu(x: Any) -> Any:
+    """x Phi(x) in float32, to 2e-7 |x|: the compiler has no erf.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26.
+    """
+    size = jnp.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * size)
+    sum_of_powers = 1.061405429
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        sum_of_powers = sum_of_powers * t + coefficient
+    tail = 0.5 * sum_of_powers * t * jnp.exp2(size * size * -LOG2E)  # of the normal distribution, past |x|
+    return x * jnp.where(x < 0.0, tail, 1.0 - tail)

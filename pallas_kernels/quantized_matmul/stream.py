@@ -1,0 +1,334 @@
+"""A few rows times weights, at the speed at which weights come out of memory: what a warpgroup of such a kernel does.
+
+A block makes tiles of 64 outputs. Its warpgroups share out the inputs of a tile in chunks, one each and then from the
+first again, and each keeps its next chunks on their way into shared memory, across tiles too. Weights are the left
+operand of the matrix instruction (64 outputs by 16 inputs) and rows of x the right one, in eights: one row costs as
+much as eight, and 64 eight times that.
+
+    partial sums [64 outputs, rows] = weights [64 outputs, inputs] @ x^T [inputs, rows]
+
+Weights of 16 bits are multiplied out of shared memory. Those of 8 and 4 bits are made bfloat16 in registers, and what
+a chunk's group comes to is multiplied by its scale in float32.
+
+A launch has several weights. Either each has its own tiles, side by side (the input stage), or all have the same tiles
+and are added up (the output stage). What differs is `Operand.first_tile`.
+
+Letters: I inputs, O outputs, R rows of x, a multiple of 8; the last may be anything, rows do not mix.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.hopper import filled, tiled
+from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, storage
+from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
+
+MATRIX = plgpu.Layout.WGMMA
+# [8 rows, 64 outputs]: a warp has two rows, a thread four outputs of one.
+ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+MAX_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a block works.
+
+    warpgroups: of a block. stages: chunks that each has in flight.
+    width: tiles of 64 outputs at once, which share what is read of x. groups: of 128 inputs, in a chunk.
+    splits: blocks that share out the inputs.
+    """
+
+    warpgroups: int = 4
+    stages: int = 3
+    width: int = 1
+    groups: int = 1
+    splits: int = 1
+
+    def stage_bytes(self, form: str, num_rows: int) -> int:
+        """Shared memory of one chunk."""
+        of_tile = {"native": 2 * GROUP * TILE, "int8": GROUP * TILE + 4 * TILE, "int4": GROUP * TILE // 2 + 2 * TILE}
+        return self.groups * (self.width * of_tile[form] + 2 * GROUP * num_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A weight of a launch. first_tile: of the launch's tiles of 64 outputs; num_tiles: how many are its own."""
+
+    form: str  # "native", "int8", "int4"
+    num_inputs: int
+    num_outputs: int
+    first_tile: int = 0
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.num_outputs // TILE)
+
+    @property
+    def num_groups(self) -> int:
+        return -(-self.num_inputs // GROUP)
+
+    def num_chunks(self, plan: Plan) -> int:
+        return -(-self.num_groups // plan.groups)
+
+
+def form_of(weight: Any) -> str:
+    return weight.form if isinstance(weight, QuantizedWeight) else "native"
+
+
+def reason_against(x: jax.Array, weight: Any, num_outputs: int) -> str | None:
+    """Why a kernel cannot take these here, or None where it can."""
+    num_inputs = x.shape[-1]
+    num_rows = x.size // max(num_inputs, 1)
+    if x.dtype != jnp.bfloat16 or (form_of(weight) == "native" and weight.dtype != x.dtype):
+        return f"it takes bfloat16, not {x.dtype}"
+    if not 1 <= num_rows <= MAX_ROWS:
+        return f"it takes 1 to {MAX_ROWS} rows, not {num_rows}"
+    if num_inputs % DEPTH or num_outputs % TILE:
+        return f"it takes multiples of {DEPTH} inputs and {TILE} outputs, not {num_inputs} and {num_outputs}"
+    return compat.mosaic_reason()
+
+
+def arrays_of(weight: Any) -> list[jax.Array]:
+    """A weight as a kernel takes it: the arrays that `Stream` reads, in order."""
+    if not isinstance(weight, QuantizedWeight):
+        return [weight]
+    words = weight.values
+    scales = weight.scales
+    # Copies have at most 256 elements a side. Scales of 8 bits are one "group".
+    words = words.reshape(*words.shape[:2], -1, 128)
+    return [words, scales.reshape(scales.shape[0], -1, TILE)]
+
+
+def scratch(operand: Operand, plan: Plan, num_rows: int) -> dict[str, Any]:
+    """Shared memory and barriers of the streams of a block."""
+    W, stages, width, groups = plan.warpgroups, plan.stages, plan.width, plan.groups
+    num_copies = 1 + (width if operand.form == "native" else 2 * width)
+    parities = 2  # a tile's sums are read while the next tile's are left
+    buffers = {
+        "x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16),
+        "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * stages),
+        "sums": plgpu.SMEM((parities, W, num_rows, TILE), jnp.float32),
+        "left": plgpu.Barrier(num_arrivals=W, num_barriers=parities),
+    }
+    if operand.form == "native":
+        return buffers | {"weights": tiled(W, stages, width, groups * GROUP, TILE, dtype=jnp.bfloat16)}
+    dtype, count = (jnp.float32, 1) if operand.form == "int8" else (jnp.bfloat16, groups)
+    num_words = storage(operand.form, GROUP, TILE).values.shape[-1]
+    buffers["weights"] = plgpu.SMEM((W, stages, width, groups, num_words // 128, 128), jnp.int32)
+    buffers["scales"] = plgpu.SMEM((W, stages, width, count, TILE), dtype)
+    if compat.interpreting():  # which takes both operands from shared memory
+        buffers["codes"] = tiled(W, TILE, DEPTH, dtype=jnp.bfloat16)
+    return buffers
+
+
+class Stream:
+    """A warpgroup's share of its block's tiles.
+
+    A block makes `plan.width` tiles at a time, one after the other in the launch, in one or several turns.
+
+    Args:
+      operands: all of one form. Those of one launch are either all added up, or have tiles of their own and the same
+        number of inputs.
+      xs, weights: an operand's x [R, I] and arrays in device memory.
+      smem: as `scratch` says.
+      block: this one's index, and how many there are.
+      share: (index, count) among all warpgroups that share out a tile's inputs.
+    """
+
+    def __init__(
+        self,
+        operands: Sequence[Operand],
+        xs: Sequence[Any],
+        weights: Sequence[Sequence[Any]],
+        smem: dict[str, Any],
+        plan: Plan,
+        *,
+        warpgroup: Any,
+        block: tuple[Any, int],
+        share: tuple[Any, int],
+        interpretable: bool,
+    ):
+        self.operands, self.xs, self.weights, self.smem, self.plan = operands, xs, weights, smem, plan
+        self.warpgroup, self.interpretable = warpgroup, interpretable
+        (self.block, self.num_blocks), (self.index, self.num_shares) = block, share
+        self.is_sum = len({operand.first_tile for operand in operands}) == 1
+        self.form = operands[0].form
+        self.num_rows = xs[0].shape[0]
+        terms = operands if self.is_sum else operands[:1]
+        self.counts = [
+            lax.div(jnp.int32(term.num_chunks(plan) - 1 + self.num_shares) - self.index, jnp.int32(self.num_shares))
+            for term in terms
+        ]
+        self.per_turn = sum(self.counts[1:], self.counts[0])
+        self.num_tiles = max(operand.first_tile + operand.num_tiles for operand in operands)
+        num_sets = -(-self.num_tiles // plan.width)
+        self.has_one_turn = num_sets <= self.num_blocks
+        self.num_turns = lax.div(jnp.int32(num_sets - 1 + self.num_blocks) - self.block, jnp.int32(self.num_blocks))
+        self.total = self.per_turn * self.num_turns
+
+    def begin(self) -> None:
+        """Starts the first copies."""
+        for n in range(self.plan.stages):
+            pl.when(n < self.total)(functools.partial(self.copy, jnp.int32(n)))
+
+    def tile(self, turn: Any, i: int) -> Any:
+        """The i-th tile of a turn, counted in the launch. The last ones may not exist."""
+        return (self.block + turn * self.num_blocks) * self.plan.width + i
+
+    def sums(self, turn: Any) -> list[Any]:
+        """Partial sums float32 [64 outputs, R] of a turn's tiles."""
+        totals = [filled((TILE, self.num_rows), 0.0, MATRIX) for _ in range(self.plan.width)]
+        start = 0 if self.has_one_turn else turn * self.per_turn
+        for count in self.counts:
+            totals = lax.fori_loop(0, count, functools.partial(self._add_chunk, start), totals)
+            start += count
+        return totals
+
+    def copy(self, n: Any) -> None:
+        """Starts the copies of this warpgroup's n-th chunk."""
+        turn, within = jnp.int32(0), n
+        if not self.has_one_turn:
+            per_turn = jnp.maximum(self.per_turn, 1)
+            turn, within = lax.div(n, per_turn), lax.rem(n, per_turn)
+        slot = lax.rem(n, jnp.int32(self.plan.stages))
+        if not self.is_sum:
+            self._copy_x(0, slot, within)
+            for i in range(self.plan.width):
+                # A tile that does not exist is the last one once more.
+                tile = jnp.minimum(self.tile(turn, i), self.num_tiles - 1)
+                for k, operand in enumerate(self.operands):
+                    own = tile - operand.first_tile
+                    is_own = (own >= 0) & (own < operand.num_tiles)
+                    pl.when(is_own)(functools.partial(self._copy_tile, k, slot, within, i, own))
+            return
+        for k, count in enumerate(self.counts):
+            pl.when((within >= 0) & (within < count))(functools.partial(self._copy_term, k, slot, within, turn))
+            within = within - count
+
+    def _copy_term(self, k: int, slot: Any, within: Any, turn: Any) -> None:
+        self._copy_x(k, slot, within)
+        for i in range(self.plan.width):
+            self._copy_tile(k, slot, within, i, jnp.minimum(self.tile(turn, i), self.num_tiles - 1))
+
+    def _group(self, within: Any) -> Any:
+        """The first group of this warpgroup's chunk of that number."""
+        return (self.index + within * self.num_shares) * self.plan.groups
+
+    def _full(self, slot: Any) -> Any:
+        return self.smem["full"].at[self.warpgroup * self.plan.stages + slot]
+
+    def _copy_x(self, k: int, slot: Any, within: Any) -> None:
+        inputs = pl.ds(self._group(within) * GROUP, self.plan.groups * GROUP)
+        plgpu.copy_gmem_to_smem(self.xs[k].at[:, inputs], self.smem["x"].at[self.warpgroup, slot], self._full(slot))
+
+    def _copy_tile(self, k: int, slot: Any, within: Any, i: int, tile: Any) -> None:
+        """tile: of the operand's."""
+        operand, groups, group = self.operands[k], self.plan.groups, self._group(within)
+        at = (self.warpgroup, slot, i)
+        if self.form == "native":
+            source = self.weights[k][0].at[pl.ds(group * GROUP, groups * GROUP), pl.ds(tile * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(source, self.smem["weights"].at[at], self._full(slot))
+            return
+        words, scales = self.weights[k]
+        mode = plgpu.OOBFillMode.ZEROS if operand.num_groups % groups else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+        copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=mode)
+        copy(words.at[tile, pl.ds(group, groups)], self.smem["weights"].at[at], self._full(slot))
+        of_scales = pl.ds(0, 1) if self.form == "int8" else pl.ds(group, groups)
+        copy(scales.at[tile, of_scales], self.smem["scales"].at[at], self._full(slot))
+
+    def _add_chunk(self, start: Any, i: Any, totals: list[Any]) -> list[Any]:
+        n = start + i
+        slot = lax.rem(n, jnp.int32(self.plan.stages))
+        plgpu.barrier_wait(self._full(slot))
+        add = self._add_native if self.form == "native" else self._add_quantized
+        totals = add(slot, totals)
+        plgpu.commit_smem()  # all warps have read what the next copies replace
+        following = n + self.plan.stages
+        pl.when(following < self.total)(lambda: self.copy(following))
+        return totals
+
+    def _add_native(self, slot: Any, totals: list[Any]) -> list[Any]:
+        x, weights = (self.smem[name].at[self.warpgroup, slot] for name in ("x", "weights"))
+
+        def products(*accumulators: Any) -> list[Any]:
+            for start in range(0, self.plan.groups * GROUP, DEPTH):
+                inputs = pl.ds(start, DEPTH)
+                for i, accumulator in enumerate(accumulators):
+                    left, right = weights.at[i, inputs].transpose((1, 0)), x.at[:, inputs].transpose((1, 0))
+                    plgpu.wgmma(accumulator, left, right)
+                    if self.interpretable:
+                        plgpu.wgmma_wait(0)
+            return [accumulator[...] for accumulator in accumulators]
+
+        made = pl.run_scoped(products, *[self._accumulator()] * self.plan.width)
+        return [total + product for total, product in zip(totals, made, strict=True)]
+
+    def _add_quantized(self, slot: Any, totals: list[Any]) -> list[Any]:
+        x, weights = (self.smem[name].at[self.warpgroup, slot] for name in ("x", "weights"))
+        units = [(group, i) for group in range(self.plan.groups) for i in range(self.plan.width)]
+
+        def operands(number: int) -> list[Any]:
+            if number == len(units):
+                return []
+            group, i = units[number]
+            return fragments(weights.at[i, group], self.form, interpretable=self.interpretable)
+
+        totals, parts = list(totals), operands(0)
+        for number, (group, i) in enumerate(units):
+
+            def product(accumulator: Any, parts: list[Any] = parts, group: int = group, number: int = number) -> Any:
+                for part, codes in enumerate(parts):
+                    inputs = pl.ds(group * GROUP + part * DEPTH, DEPTH)
+                    plgpu.wgmma(accumulator, self._left(codes), x.at[:, inputs].transpose((1, 0)))
+                    if self.interpretable:
+                        plgpu.wgmma_wait(0)
+                following = operands(number + 1)  # while the product is under way
+                return accumulator[...], following
+
+            made, parts = pl.run_scoped(product, self._accumulator())
+            at = (self.warpgroup, slot, i, 0 if self.form == "int8" else group)
+            scale = plgpu.load(self.smem["scales"].at[at], layout=MATRIX.reduce(1), optimized=False)
+            totals[i] += made * lax.broadcast_in_dim(scale.astype(jnp.float32), made.shape, [0])
+        return totals
+
+    def _accumulator(self) -> Any:
+        return plgpu.WGMMAAccumulatorRef((TILE, self.num_rows), jnp.float32)
+
+    def _left(self, codes: Any) -> Any:
+        """The left operand: in registers, but for the interpreter in shared memory."""
+        if not self.interpretable:
+            return codes
+        ref = self.smem["codes"].at[self.warpgroup]
+        ref[...] = codes
+        plgpu.commit_smem()
+        return ref
+
+    def gather(self, number: Any, partial: Any) -> None:
+        """Leaves this warpgroup's sums of a tile, and returns when all warpgroups of the block have left theirs.
+
+        number: counts the tiles of the block.
+        """
+        parity = lax.rem(jnp.int32(number), jnp.int32(2))
+        target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
+        target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.barrier_arrive(self.smem["left"].at[parity])
+        plgpu.barrier_wait(self.smem["left"].at[parity])
+
+    def gathered(self, number: Any) -> Any:
+        """What all warpgroups have left of a tile, added up in their order: float32 [R, 64 outputs], as ROWS."""
+        parity = lax.rem(jnp.int32(number), jnp.int32(2))
+        parts = [
+            plgpu.load(self.smem["sums"].at[parity, w], layout=ROWS, optimized=False)
+            for w in range(self.plan.warpgroups)
+        ]
+        return sum(parts[1:], parts[0])
