@@ -1,9 +1,11 @@
-"""The limit of a generation by counting, and the time of it by running contestants in turn.
+"""The time of a generation by running contestants in turn.
 
-Owns what is counted and how times are taken; contestants (ours here, others in peers.py) own how they generate. All of
-them make exactly the same number of tokens from the same ids, greedily, and none stops at an end-of-text token.
+Owns how times are taken and what becomes of failures; contestants (ours here, others in peers.py) own how they
+generate. All of them make exactly the same number of tokens from the same ids, greedily, and none stops at an
+end-of-text token.
 """
 
+import abc
 import contextlib
 import dataclasses
 import gc
@@ -11,89 +13,29 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from benchmarks import hardware
+from benchmarks import hardware, limits, places
+from benchmarks.limits import Workload
+from benchmarks.places import Say
 from falcon_jax import Falcon
 from falcon_jax.config import FalconConfig
+from falcon_jax.errors import one_line
 from falcon_jax.generate.sampling import Sampling
-from falcon_jax.model.cache import cache_bytes
 
-# More than any cache holds.
-MEMORY_READ_BYTES = {"cpu": 512 * 2**20, "gpu": 2**30}
 # Threads of one library spin a while for more work; after this they leave the cores to the next contestant.
 PAUSE_S = 0.05
+# Of the memory, for those that are in it at once: caches and activations come on top of their weights.
+TOGETHER_SHARE = 0.4
+REASON_CHARACTERS = 200
+GIB = 2**30
 
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What to generate: `batch_size` prompts of `context_tokens` ids each, continued by `new_tokens` (at least 2)."""
-
-    batch_size: int
-    context_tokens: int
-    new_tokens: int
-
-    def prompts(self, config: FalconConfig) -> Int[np.ndarray, "B T"]:
-        """Random ids, the same every time."""
-        generator = np.random.default_rng(0)
-        return generator.integers(0, config.vocab_size, (self.batch_size, self.context_tokens), np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limit:
-    """The least that a generation must read and multiply, and how fast this device can.
-
-    weight_bytes, cache_bytes: read by one decode step of the whole batch, the cache at its mean length.
-    read_bytes_per_s: measured over as many bytes as a step reads, so in the processor's cache if they fit there.
-    memory_bytes_per_s: measured over far more than any cache holds.
-    prefill_flops: of all prompts, the head for each last token alone; flops_per_s of a large product in this dtype.
-    """
-
-    weight_bytes: int
-    cache_bytes: int
-    read_bytes_per_s: float
-    memory_bytes_per_s: float
-    prefill_flops: int
-    flops_per_s: float
-
-    @classmethod
-    def of(cls, config: FalconConfig, workload: Workload, dtype: str) -> "Limit":
-        weights = step_weight_bytes(config, dtype)
-        cache = cache_bytes(config, workload.batch_size, workload.context_tokens + workload.new_tokens // 2, dtype)
-        most = MEMORY_READ_BYTES.get(jax.default_backend(), 2**30)
-        memory = hardware.read_bandwidth(most)
-        read = memory if weights + cache >= most else max(memory, hardware.read_bandwidth(weights + cache))
-        return cls(weights, cache, read, memory, prefill_flops(config, workload), hardware.matrix_rate(dtype))
-
-    @property
-    def ms_per_step(self) -> float:
-        """Milliseconds of a decode step that does nothing but read, at `read_bytes_per_s`."""
-        return 1e3 * (self.weight_bytes + self.cache_bytes) / self.read_bytes_per_s
-
-    @property
-    def prefill_ms(self) -> float:
-        return 1e3 * self.prefill_flops / self.flops_per_s
-
-
-def step_weight_bytes(config: FalconConfig, dtype: str) -> int:
-    """Bytes of weights that a decode step must read: all but an embedding table that is not the head as well."""
-    unread = 0 if config.tie_word_embeddings else config.vocab_size * config.width
-    return (config.num_parameters - unread) * jnp.dtype(dtype).itemsize
-
-
-def prefill_flops(config: FalconConfig, workload: Workload) -> int:
-    """Multiplications and additions of the matrix products and of causal attention, for all prompts together."""
-    D, H, T = config.width, config.head_dim, workload.context_tokens
-    projections = D * (2 * D + 2 * config.num_kv_heads * H) + 2 * D * config.mlp_width
-    attention = 2 * D * T * (T + 1) // 2  # q . k and the sum over v, for the keys that causality shows
-    return 2 * workload.batch_size * (config.num_layers * (T * projections + attention) + D * config.vocab_size)
+Result = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,36 +46,89 @@ class Times:
     total_s: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Most bytes that a library held on its device.
+
+    is_upper_bound: the workload itself took at most that; what came before it took as much.
+    """
+
+    num_bytes: int
+    is_upper_bound: bool = False
+
+
 class Runner(Protocol):
-    """A model in memory. `run` blocks until all ids are on the host."""
+    """A model in memory, which runs one workload after another."""
 
-    def run(self, prompts: Int[np.ndarray, "B T"], new_tokens: int) -> Times: ...
+    def begin(self) -> None:
+        """Before each workload: forgets what the one before left."""
+        ...
 
-    def peak_bytes(self) -> int | None: ...
+    def run(self, prompts: Int[np.ndarray, "B T"], new_tokens: int) -> Times:
+        """Blocks until all ids are on the host."""
+        ...
+
+    def peak(self) -> Peak | None:
+        """Since `begin`; None where the device does not say."""
+        ...
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Gives up the model."""
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """Something that generates. `load` puts the model into memory, so that large ones can take turns there."""
+class Contestant(abc.ABC):
+    """Something that generates, named so that another process can load it too: it is data, and picklable.
+
+    name, dtype, weights: as in the results. ours: its failures are errors; a peer's are results.
+    """
 
     name: str
+    ours: ClassVar[bool] = False
+    config: FalconConfig
     dtype: str
-    num_bytes: int
-    load: Callable[[], Runner]
+    weights: str
+
+    @abc.abstractmethod
+    def load(self) -> Runner:
+        """Puts the model into memory."""
+
+    @property
+    def num_bytes(self) -> int:
+        return limits.weight_bytes(self.config, self.dtype, self.weights)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}" + ("" if self.weights == "native" else f" {self.weights}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours(Contestant):
+    """falcon_jax on a folder's weights, or on random ones made on the device."""
+
+    name: ClassVar[str] = "falcon_jax"
+    ours: ClassVar[bool] = True
+    config: FalconConfig
+    folder: Path | None
+    dtype: str
+    weights: str = "native"
+
+    def load(self) -> "OurRunner":
+        if self.folder is None:
+            return OurRunner(Falcon.from_config(self.config, dtype=self.dtype, weights=self.weights))
+        return OurRunner(Falcon.from_checkpoint(self.folder, dtype=self.dtype, weights=self.weights))
 
 
 class OurRunner:
     """falcon_jax through the same engine calls as Falcon.generate."""
 
-    def __init__(self, make: Callable[[], Falcon]):
-        self.peak_before = hardware.peak_bytes()
-        model = make()
+    def __init__(self, model: Falcon):
         self.engine = model.engine
         self.engine.eos_token_ids = np.array([-1], np.int32)  # no id: nothing ends early
+        self.peak_before: int | None = None
+
+    def begin(self) -> None:
+        gc.collect()
+        self.peak_before = hardware.peak_bytes()
 
     def run(self, prompts: Int[np.ndarray, "B T"], new_tokens: int) -> Times:
         begin = time.perf_counter()
@@ -148,95 +143,217 @@ class OurRunner:
             raise RuntimeError(f"falcon_jax made {num_tokens} tokens and not {new_tokens}")
         return Times(first - begin, end - begin)
 
-    def peak_bytes(self) -> int | None:
-        # JAX's peak is the process's: where something before took more, ours is unknown.
+    def peak(self) -> Peak | None:
+        # JAX's peak is its process's, and nothing sets it back.
         peak = hardware.peak_bytes()
-        return None if peak is None or peak == self.peak_before else peak
+        return None if peak is None else Peak(peak, is_upper_bound=peak == self.peak_before)
 
     def close(self) -> None:
         del self.engine
         gc.collect()
 
 
-def ours(config: FalconConfig, folder: Path | None, dtype: str) -> Contestant:
-    """falcon_jax on a folder's weights, or on random ones of the same shape."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A workload by name, and how often it is run after the run that compiles."""
 
-    def load() -> OurRunner:
-        if folder is None:
-            return OurRunner(lambda: Falcon.from_config(config, dtype=dtype))
-        return OurRunner(lambda: Falcon.from_checkpoint(folder, dtype=dtype))
+    name: str
+    workload: Workload
+    repeats: int
 
-    return Contestant("falcon_jax", dtype, config.num_parameters * jnp.dtype(dtype).itemsize, load)
+
+def fit_together(contestants: Sequence[Contestant]) -> bool:
+    """Whether all of them can be in this device's memory at once."""
+    return sum(contestant.num_bytes for contestant in contestants) < TOGETHER_SHARE * hardware.memory_bytes()
 
 
 def compete(
-    contestants: Sequence[Contestant],
-    prompts: Int[np.ndarray, "B T"],
-    workload: Workload,
-    repeats: int,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """One result a contestant, in order.
+    groups: Sequence[Sequence[Contestant]], cases: Sequence[Case], place: places.Place, say: Say
+) -> Iterator[tuple[str, list[Result]]]:
+    """A case's name and its results in the order of a group's contestants, group by group and case by case.
 
-    They take turns run by run, so that a slow phase of the machine falls on all of them; where they do not fit the
-    memory together, one is measured after the other, the last first: PyTorch gives its memory back, JAX does not.
+    Contestants of one group take turns run by run, so that a slow phase of the machine falls on all of them; groups
+    follow one another.
+
+    Raises:
+      Exception: what ours raised. A peer that fails has a result with the reason under "failed".
     """
-    together = sum(contestant.num_bytes for contestant in contestants) < 0.4 * hardware.memory_bytes()
-    groups = [list(contestants)] if together else [[contestant] for contestant in reversed(contestants)]
-    results: list[dict[str, Any]] = []
     for group in groups:
-        measured = _measure_group(group, prompts, workload, repeats)
-        for result in measured:
-            say(describe(result | {"interleaved": together}))
-        results = [result | {"interleaved": together} for result in measured] + results
+        left = list(cases)
+        try:
+            for name, results in place(measure_group, group, cases, say=say):
+                left.pop(0)
+                yield name, results
+        except places.ProcessDiedError as error:
+            if any(contestant.ours for contestant in group):
+                raise
+            for case in left:
+                yield case.name, [failure(contestant, error, say) for contestant in group]
+
+
+def measure_group(
+    group: Sequence[Contestant], cases: Sequence[Case], *, say: Say
+) -> Iterator[tuple[str, list[Result]]]:
+    """Loads each of the group once, then runs case after case."""
+    entrants = [_Entrant(contestant, say) for contestant in group]
+    try:
+        for entrant in entrants:
+            entrant.load()
+        for case in cases:
+            yield case.name, _measure_case(entrants, case, interleaved=len(group) > 1, say=say)
+    finally:
+        for entrant in entrants:
+            entrant.close()
+
+
+def _measure_case(entrants: "Sequence[_Entrant]", case: Case, *, interleaved: bool, say: Say) -> list[Result]:
+    prompts = case.workload.prompts(entrants[0].contestant.config)
+    for entrant in entrants:
+        entrant.warm_up(prompts, case)
+    for _ in range(case.repeats):
+        for entrant in entrants:
+            entrant.take_turn(prompts, case)
+    results = [entrant.result(case) | {"interleaved": interleaved} for entrant in entrants]
+    for entrant, result in zip(entrants, results):
+        say(describe(entrant.contestant, result))
     return results
 
 
-def _measure_group(
-    group: Sequence[Contestant], prompts: Int[np.ndarray, "B T"], workload: Workload, repeats: int
-) -> list[dict[str, Any]]:
-    runners, results = [], []
-    for contestant in group:
+class _Entrant:
+    """A contestant on its way through the cases: its model, its times of one case, and why it cannot go on."""
+
+    def __init__(self, contestant: Contestant, say: Say):
+        self.contestant = contestant
+        self.say = say
+        self.runner: Runner | None = None
+        self.times: list[Times] = []
+        self.found: Result = {}  # of this case
+        self.load_s: float | None = None
+        self.not_loaded: str | None = None
+
+    def load(self) -> None:
+        self.say(f"{self.contestant}: loads")
         begin = time.perf_counter()
-        runners.append(contestant.load())
-        loaded = time.perf_counter()
-        runners[-1].run(prompts, workload.new_tokens)  # compiles, and warms up
-        warm_up_s = time.perf_counter() - loaded
-        results.append(
-            {"name": contestant.name, "dtype": contestant.dtype, "load_s": loaded - begin, "warm_up_s": warm_up_s}
-        )
-    times: list[list[Times]] = [[] for _ in group]
-    for _ in range(repeats):
-        for runner, taken in zip(runners, times):
+        with self._failing():
+            self.runner = self.contestant.load()
+            self.load_s = time.perf_counter() - begin
+        self.not_loaded = self.found.get("failed")
+
+    def warm_up(self, prompts: Int[np.ndarray, "B T"], case: Case) -> None:
+        """The run that compiles and does not count."""
+        self.times = []
+        self.found = {} if self.not_loaded is None else {"failed": self.not_loaded}
+        if self.runner is None:
+            return
+        self.say(f"{self.contestant}: {case.name}, first run")
+        with self._failing():
+            self.runner.begin()
+            begin = time.perf_counter()
+            self.runner.run(prompts, case.workload.new_tokens)
+            self.found["warm_up_s"] = time.perf_counter() - begin
+
+    def take_turn(self, prompts: Int[np.ndarray, "B T"], case: Case) -> None:
+        if self.runner is None or "failed" in self.found:
+            return
+        with self._failing():
             time.sleep(PAUSE_S)
-            taken.append(runner.run(prompts, workload.new_tokens))
-    for result, runner, taken in zip(results, runners, times):
-        result |= summary(taken, workload) | {"peak_bytes": runner.peak_bytes()}
-        runner.close()
-    return results
+            self.times.append(self.runner.run(prompts, case.workload.new_tokens))
+
+    def result(self, case: Case) -> Result:
+        named = {"name": self.contestant.name, "dtype": self.contestant.dtype, "weights": self.contestant.weights}
+        result = named | {"load_s": self.load_s} | self.found
+        if self.runner is None or "failed" in self.found:
+            return result
+        return result | summary(self.times, case.workload) | _peak_record(self.runner.peak())
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Notes a peer's failure, whatever it is: out of memory, a shape that it cannot take, a compiler's error."""
+        try:
+            yield
+        except Exception as error:
+            if self.contestant.ours:
+                raise
+            self.found["failed"] = reason(error)
 
 
-def summary(taken: Sequence[Times], workload: Workload) -> dict[str, Any]:
-    """Medians of the runs, and each run's times."""
-    steps_s = statistics.median(times.total_s - times.first_s for times in taken)
+def reason(error: BaseException) -> str:
+    """An error in one short line."""
+    line = f"{type(error).__name__}: {one_line(error)}"
+    return line if len(line) <= REASON_CHARACTERS else line[: REASON_CHARACTERS - 3] + "..."
+
+
+def failure(contestant: Contestant, error: BaseException, say: Say) -> Result:
+    """The result of a contestant that did not get as far as having one."""
+    named = {"name": contestant.name, "dtype": contestant.dtype, "weights": contestant.weights}
+    result = named | {"failed": reason(error)}
+    say(describe(contestant, result))
+    return result
+
+
+def summary(taken: Sequence[Times], workload: Workload) -> Result:
+    """Medians of the runs, and each run's times. Where nothing is decoded, nothing about decoding."""
+    first_s = statistics.median(times.first_s for times in taken)
     total_s = statistics.median(times.total_s for times in taken)
+    found: Result = {"first_token_ms": 1e3 * first_s}
     num_steps = workload.new_tokens - 1
-    return {
-        "first_token_ms": 1e3 * statistics.median(times.first_s for times in taken),
-        "ms_per_step": 1e3 * steps_s / num_steps,
-        "decode_tokens_per_s": workload.batch_size * num_steps / steps_s,
+    if num_steps:
+        steps_s = statistics.median(times.total_s - times.first_s for times in taken)
+        found |= {
+            "ms_per_step": 1e3 * steps_s / num_steps,  # of a row, a token
+            "decode_tokens_per_s": workload.batch_size * num_steps / steps_s,
+        }
+    return found | {
         "tokens_per_s": workload.batch_size * workload.new_tokens / total_s,  # the prefill's time included
         "runs_s": [[round(times.first_s, 6), round(times.total_s, 6)] for times in taken],
     }
 
 
-def describe(result: dict[str, Any]) -> str:
-    peak = "" if result["peak_bytes"] is None else f", peak {result['peak_bytes'] / 2**30:.2f} GiB"
-    return (
-        f"{result['name']} {result['dtype']}: first token {result['first_token_ms']:.1f} ms, then "
-        f"{result['decode_tokens_per_s']:.1f} tokens/s ({result['ms_per_step']:.3f} ms a step); "
-        f"{result['tokens_per_s']:.1f} tokens/s in all{peak}"
-    )
+def _peak_record(peak: Peak | None) -> Result:
+    if peak is None:
+        return {"peak_gib": None}
+    return {"peak_gib": peak.num_bytes / GIB} | ({"peak_is_upper_bound": True} if peak.is_upper_bound else {})
+
+
+def describe(contestant: Contestant, result: Result) -> str:
+    """A result in one line."""
+    if "failed" in result:
+        return f"{contestant}: failed: {result['failed']}"
+    parts = [f"first token {result['first_token_ms']:.1f} ms"]
+    if "ms_per_step" in result:
+        parts += [f"then {result['decode_tokens_per_s']:.1f} tokens/s ({result['ms_per_step']:.3f} ms a step)"]
+        parts += [f"{result['tokens_per_s']:.1f} tokens/s in all"]
+    if result["peak_gib"] is not None:
+        parts += [f"peak {peak_text(result)}"]
+    return f"{contestant}: {', '.join(parts)}"
+
+
+def peak_text(result: Result) -> str:
+    """Of a result whose device says how much it held."""
+    return f"{'at most ' if 'peak_is_upper_bound' in result else ''}{result['peak_gib']:.2f} GiB"
+
+
+def ratios(results: Sequence[Result]) -> dict[str, float]:
+    """How many times better falcon_jax is than the peers at their best, figure by figure; only what both have.
+
+    decode, first_token, in_all: of speed. peak: of memory, the smallest of a peer over ours.
+    """
+    ours = [result for result in results if result["name"] == Ours.name and "failed" not in result]
+    peers = [result for result in results if result["name"] != Ours.name and "failed" not in result]
+    if not ours or not peers:
+        return {}
+    found = {}
+    for name, key in (("decode", "decode_tokens_per_s"), ("in_all", "tokens_per_s")):
+        if key in ours[0]:
+            found[name] = ours[0][key] / max(peer[key] for peer in peers)
+    for name, key in (("first_token", "first_token_ms"), ("peak", "peak_gib")):
+        if ours[0][key] is not None:
+            found[name] = min(peer[key] for peer in peers) / ours[0][key]
+    return found
 
 
 def start_up_s(command: Sequence[str]) -> dict[str, float]:

@@ -1,9 +1,12 @@
 """Measures a model's first token, decode speed and memory beside the hardware's limit and a peer, on this machine.
 
 The limit comes first: what a decode step must read, and how fast this device reads that much. Then falcon_jax and the
-peer generate the same tokens in turns, and medians count. The last line on stdout is one JSON document.
+peer, plain and compiled, generate the same tokens in turns, and medians count. The last line on stdout is one JSON
+document. `--table seed` measures four rows of both 40B shapes instead; benchmarks/README.md says how long that takes.
 
 python scripts/benchmark.py --model falcon-7b --batch 1 --context 4000 --new-tokens 128 --peer hf --save falcon-7b
+python scripts/benchmark.py --table seed --save seed-h200
+python scripts/benchmark.py --table seed --model falcon-40b --weights int8 --rows decode --peer none
 """
 
 import contextlib
@@ -12,68 +15,127 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.measure import Contestant
+    from benchmarks.places import Place
     from falcon_jax.config import FalconConfig
 
 REPOSITORY = Path(__file__).parents[1]
+# Of a single measurement; a table's rows have their own.
+BATCH, CONTEXT, NEW_TOKENS, REPEATS = 1, 64, 128, 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    model: str | None = None
-    """A preset's name (random weights), or a folder; the bundled falcon-nano if left out."""
-    batch: int = 1
-    """Prompts at once."""
-    context: int = 64
-    """Tokens of each prompt."""
-    new_tokens: int = 128
-    """Tokens to make after each, at least 2."""
+    model: tuple[str, ...] = ()
+    """A preset's name (random weights), or a folder; the bundled falcon-nano if left out. A table takes several."""
+    batch: int | None = None
+    """Prompts at once; 1 if left out."""
+    context: int | None = None
+    """Tokens of each prompt; 64 if left out."""
+    new_tokens: int | None = None
+    """Tokens to make after each, at least 2; 128 if left out. In a table: of the rows that decode."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """What falcon_jax computes in, and the peer with random weights; else the peer takes what the folder says."""
-    peer: Literal["hf", "none"] = "hf"
-    """hf: transformers on the same weights, in the same process."""
-    repeats: int = 7
-    """Runs that the medians are of."""
+    weights: Literal["native", "int8", "int4"] = "native"
+    """What falcon_jax keeps the blocks' projections in; native: the dtype. The peer's are always native."""
+    peer: Literal["hf", "hf-plain", "hf-compiled", "none"] = "hf"
+    """hf: transformers on the same weights, plain, and compiled with a static cache."""
+    ours: bool = True
+    """--no-ours measures the peer alone."""
+    repeats: int | None = None
+    """Runs that the medians are of; 7 if left out, in a table what the row says."""
+    table: Literal["seed"] | None = None
+    """seed: first token, decode speed, memory and 12,000 tokens of falcon-40b-alibi and falcon-40b."""
+    rows: tuple[Literal["first_token", "decode", "peak", "long"], ...] = ()
+    """Some of the table's rows instead of all."""
+    scale: float | None = None
+    """Multiplies the table's contexts: 0.01 tries it on a small machine."""
     start_up: bool = False
     """Also times scripts/generate.py from process start to first text; needs a folder with a tokenizer."""
     save: str | None = None
-    """Also writes the document to benchmarks/results/SAVE.json."""
+    """Also writes the document to benchmarks/results/SAVE.json; a table anew after each result."""
 
 
 def main(arguments: Arguments) -> dict[str, Any]:
-    from benchmarks import hardware, measure, peers
+    check(arguments)
+    begin = time.perf_counter()
+    load_before = os.getloadavg()[0]
+
+    def finish(document: dict[str, Any]) -> dict[str, Any]:
+        document |= {
+            "load_average": [load_before, os.getloadavg()[0]],
+            "seconds": round(time.perf_counter() - begin, 1),
+            "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        }
+        save(document, arguments.save)
+        return document
+
+    if arguments.table is None:
+        return finish(measure_one(arguments))
+    document: dict[str, Any] = {"benchmark": "table", "table": arguments.table}
+    for _ in fill_table(document, arguments):
+        finish(document)
+    return finish(document)
+
+
+def check(arguments: Arguments) -> None:
+    """Refuses numbers out of range, and what does not go together."""
     from falcon_jax.errors import RequestError
 
     for name, least in (("batch", 1), ("context", 1), ("new_tokens", 2), ("repeats", 1)):
-        if getattr(arguments, name) < least:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
             flag = name.replace("_", "-")
-            raise RequestError(f"--{flag} is {getattr(arguments, name)}; it must be at least {least}")
+            raise RequestError(f"--{flag} is {value}; it must be at least {least}")
+    if arguments.scale is not None and not 0 < arguments.scale < float("inf"):
+        raise RequestError(f"--scale is {arguments.scale}; it must be a number above 0")
     if arguments.save is not None and Path(arguments.save).name != arguments.save:
         raise RequestError(f"--save is {arguments.save!r}; it must be a name, without a folder")
-    name, config, folder = find_model(arguments.model)
+    if not arguments.ours and arguments.peer == "none":
+        raise RequestError("--no-ours with --peer none leaves nobody to measure; leave one of them out")
+    if arguments.table is None:
+        if arguments.rows or arguments.scale is not None:
+            raise RequestError("--rows and --scale are a table's; add --table seed, or say --batch and --context")
+        if len(arguments.model) > 1:
+            raise RequestError(f"--model names {len(arguments.model)} models; one at a time, except in a --table")
+    elif arguments.batch is not None or arguments.context is not None or arguments.start_up:
+        raise RequestError("--batch, --context and --start-up are no table's; use --rows and --scale, or no --table")
+
+
+def measure_one(arguments: Arguments) -> dict[str, Any]:
+    """The document of one model and one workload."""
+    from benchmarks import measure
+    from benchmarks.limits import Workload, measured_limits
+    from falcon_jax.errors import RequestError
+
+    name, config, folder = find_model(arguments.model[0] if arguments.model else None)
     if arguments.start_up and (folder is None or not (folder / "tokenizer.json").is_file()):
         raise RequestError("--start-up needs a model folder with a tokenizer.json")
-    contestants = [measure.ours(config, folder, arguments.dtype)]
-    if arguments.peer == "hf":
-        contestants += peers.transformers(config, folder, arguments.dtype)
+    entered = contestants(arguments, config, folder)
+    together = measure.fit_together(entered)
+    groups = [entered] if together else [[contestant] for contestant in entered]
+    place = choose_place(together)
+    workload = Workload(arguments.batch or BATCH, arguments.context or CONTEXT, arguments.new_tokens or NEW_TOKENS)
+    case = measure.Case("generate", workload, arguments.repeats or REPEATS)
 
-    load_before = os.getloadavg()[0]
-    if load_before > 0.5:
-        say(f"warning: the machine is busy (load {load_before:.1f} before we began): times will be too long")
-    workload = measure.Workload(arguments.batch, arguments.context, arguments.new_tokens)
+    warn_if_busy()
     say(f"{name}, batch {workload.batch_size}, {workload.context_tokens} + {workload.new_tokens} tokens")
-    limit = measure.Limit.of(config, workload, arguments.dtype)
-    say_limit(limit, workload.batch_size)
-    results = measure.compete(contestants, workload.prompts(config), workload, arguments.repeats, say)
+    ((machine, (limit,)),) = place(measured_limits, [(config, workload)], arguments.dtype, arguments.weights, say=say)
+    for line in limit.lines(workload.batch_size):
+        say(line)
+    results = [result for _, found in measure.compete(groups, [case], place, say) for result in found]
     for result in results:
-        if result["name"] == "falcon_jax":
-            result["share_of_read_limit"] = limit.ms_per_step / result["ms_per_step"]
-            result["share_of_flops_limit"] = limit.prefill_ms / result["first_token_ms"]
+        if result["name"] == measure.Ours.name:
+            result |= limit.shares(result)
             say(
                 f"falcon_jax reaches {result['share_of_read_limit']:.1%} of the read limit in decode, "
                 f"{result['share_of_flops_limit']:.1%} of the arithmetic limit in the first token"
@@ -81,31 +143,71 @@ def main(arguments: Arguments) -> dict[str, Any]:
     document = {
         "benchmark": "generate",
         "model": name,
-        "weights": "random" if folder is None else "stored",
+        "parameters": "random" if folder is None else "stored",
+        "weights": arguments.weights,
         **dataclasses.asdict(workload),
-        "repeats": arguments.repeats,
-        "limit": dataclasses.asdict(limit)
-        | {
-            "ms_per_step": limit.ms_per_step,
-            "decode_tokens_per_s": 1e3 * workload.batch_size / limit.ms_per_step,
-            "prefill_ms": limit.prefill_ms,
-        },
+        "repeats": case.repeats,
+        "limit": limit.record(workload.batch_size),
         "results": results,
-        "ratios": ratios(results),
+        "ratios": measure.ratios(results),
     }
+    if document["ratios"]:
+        found = ", ".join(f"{figure.replace('_', ' ')} x {ratio:.2f}" for figure, ratio in document["ratios"].items())
+        say(f"falcon_jax over the peer's best: {found}")
     if arguments.start_up and folder is not None:
-        command = measure.generate_command(folder, arguments.dtype, new_tokens=16)
-        document["start_up"] = measure.start_up_s(command)
+        document["start_up"] = measure.start_up_s(measure.generate_command(folder, arguments.dtype, new_tokens=16))
         say(f"process start to first text: {document['start_up']['first_token_s']:.2f} s")
-    document |= hardware.describe() | {
-        "load_average": [load_before, os.getloadavg()[0]],
-        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-    }
-    if arguments.save is not None:
-        path = REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n")
-    return document
+    return document | machine
+
+
+def fill_table(document: dict[str, Any], arguments: Arguments) -> "Iterator[None]":
+    """Measures a table into `document`, one result between two yields, and prints it."""
+    from benchmarks import seed_table
+
+    models = []
+    for wanted in arguments.model or seed_table.MODELS:
+        name, config, folder = find_model(wanted)
+        models.append(seed_table.Model(name, config, folder, tuple(contestants(arguments, config, folder))))
+    plan = seed_table.Plan(
+        arguments.dtype,
+        arguments.weights,
+        arguments.rows or tuple(seed_table.ROWS),
+        arguments.scale or 1.0,
+        arguments.new_tokens,
+        arguments.repeats,
+    )
+    warn_if_busy()
+    document |= {"dtype": arguments.dtype, "weights": arguments.weights, "scale": plan.scale}
+    yield from seed_table.fill(document, models, plan, choose_place(together=False), say)
+    for line in seed_table.text(document):
+        say(line)
+
+
+def contestants(arguments: Arguments, config: "FalconConfig", folder: Path | None) -> "list[Contestant]":
+    """falcon_jax and the peers, as far as they are asked for."""
+    from benchmarks import measure, peers
+
+    ours: list[Contestant] = (
+        [measure.Ours(config, folder, arguments.dtype, arguments.weights)] if arguments.ours else []
+    )
+    if arguments.peer == "none":
+        return ours
+    return ours + peers.transformers(config, folder, arguments.dtype, peers.CHOICES[arguments.peer])
+
+
+def choose_place(together: bool) -> "Place":
+    """A CPU's memory comes back when it is freed; a GPU's when a process ends."""
+    import jax
+
+    from benchmarks import places
+
+    return places.in_own_process if jax.default_backend() == "gpu" and not together else places.here
+
+
+def warn_if_busy() -> None:
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        say(f"warning: the machine is busy (load {load:.1f} before we began): times will be too long")
 
 
 def find_model(model: str | None) -> "tuple[str, FalconConfig, Path | None]":
@@ -125,35 +227,11 @@ def find_model(model: str | None) -> "tuple[str, FalconConfig, Path | None]":
     return folder.name, FalconConfig.from_hf(folder), folder
 
 
-def say_limit(limit: Any, batch_size: int) -> None:
-    say(
-        f"limit: a decode step reads {limit.weight_bytes / 1e6:.1f} MB of weights and {limit.cache_bytes / 1e6:.2f} MB "
-        f"of cache; this device reads that much at {limit.read_bytes_per_s / 1e9:.1f} GB/s (memory alone: "
-        f"{limit.memory_bytes_per_s / 1e9:.1f} GB/s), so {1e3 * batch_size / limit.ms_per_step:.1f} tokens/s "
-        f"({limit.ms_per_step:.3f} ms a step)"
-    )
-    say(
-        f"limit: the prefill is {limit.prefill_flops / 1e9:.3f} GFLOP; this device multiplies at "
-        f"{limit.flops_per_s / 1e9:.0f} GFLOP/s, so {limit.prefill_ms:.2f} ms to the first token"
-    )
-
-
-def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
-    """How many times faster falcon_jax is than the peer at its best, figure by figure; empty without a peer."""
-    ours = next(result for result in results if result["name"] == "falcon_jax")
-    peers = [result for result in results if result["name"] != "falcon_jax"]
-    if not peers:
-        return {}
-    found = {
-        "decode": ours["decode_tokens_per_s"] / max(peer["decode_tokens_per_s"] for peer in peers),
-        "first_token": min(peer["first_token_ms"] for peer in peers) / ours["first_token_ms"],
-        "in_all": ours["tokens_per_s"] / max(peer["tokens_per_s"] for peer in peers),
-    }
-    say(
-        f"falcon_jax over the peer's best: decode x {found['decode']:.2f}, first token x {found['first_token']:.2f}, "
-        f"in all x {found['in_all']:.2f}"
-    )
-    return found
+def save(document: dict[str, Any], name: str | None) -> None:
+    if name is not None:
+        path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def say(line: str) -> None:
@@ -161,7 +239,7 @@ def say(line: str) -> None:
 
 
 def run() -> int:
-    """The exit code: 0 done, 2 not to be done, 130 interrupted, 141 nobody reads on."""
+    """The exit code: 0 done, 1 a row of ours failed, 2 not to be done, 130 interrupted, 141 nobody reads on."""
     arguments = tyro.cli(Arguments, description=__doc__)
     sys.path.insert(0, str(REPOSITORY))  # for `benchmarks`, which no wheel holds
     # Before JAX starts: the peer needs its part of a GPU's memory.
@@ -169,7 +247,8 @@ def run() -> int:
     from falcon_jax.errors import USER_ERRORS, one_line
 
     try:
-        print(json.dumps(main(arguments)), flush=True)
+        document = main(arguments)
+        print(json.dumps(document), flush=True)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -180,7 +259,16 @@ def run() -> int:
     except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    return 0
+    return report_failures(document)
+
+
+def report_failures(document: dict[str, Any]) -> int:
+    from benchmarks import seed_table
+
+    failures = seed_table.our_failures(document) if document["benchmark"] == "table" else []
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class Arguments:
     """What the model computes in."""
     attention: str | None = None
     """Attention implementation: "mosaic" (Hopper GPUs), "cudnn" or "xla"; the best that works by default."""
+    weights: Literal["native", "int8", "int4"] = "native"
+    """Of the blocks' projections: in dtype, or of 8 or 4 bits, stored so or rounded while they are loaded."""
     alibi: Literal["float32", "hf_bf16"] = "float32"
     """float32 is exact; hf_bf16 rounds positions as transformers does, which blurs them beyond 256 tokens."""
     quiet: bool = False
@@ -62,7 +64,7 @@ def measure(arguments: Arguments) -> list["Score"]:
     if arguments.stride is not None and not 1 <= arguments.stride <= min(arguments.lengths):
         shortest = min(arguments.lengths)
         raise ConfigError(f"--stride is {arguments.stride}; it must be from 1 to the shortest length, {shortest}")
-    config, params, tokenizer_folder = load(arguments.model, dtype=arguments.dtype)
+    config, params, tokenizer_folder = load(arguments.model, dtype=arguments.dtype, weights=arguments.weights)
     if tokenizer_folder is None:
         raise CheckpointError(f"{arguments.model} holds no tokenizer.json, without which text means nothing")
     split = read_texts(arguments.texts, tokenizer_folder, arguments.split)
@@ -85,6 +87,20 @@ def measure(arguments: Arguments) -> list["Score"]:
         )
         scores.append(score)
     return scores
+
+
+def settings_of(arguments: Arguments) -> dict[str, str | bool]:
+    """What the numbers are of, for the last line."""
+    from falcon_jax.checkpoint.manifest import Manifest, is_converted
+
+    folder = Path(arguments.model).expanduser()
+    return {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "weights": arguments.weights,
+        "calibrated": is_converted(folder) and Manifest.read(folder).calibrated,
+        "alibi": arguments.alibi,
+    }
 
 
 def main() -> int:
@@ -110,8 +126,7 @@ def main() -> int:
             raise
         print("error: the device's memory ran out; lower --batch-tokens or --lengths", file=sys.stderr)
         return 2
-    settings = {"model": arguments.model, "dtype": arguments.dtype, "alibi": arguments.alibi}
-    print(json.dumps({**settings, "results": [score.record() for score in scores]}))
+    print(json.dumps({**settings_of(arguments), "results": [score.record() for score in scores]}))
     return 0
 
 

@@ -4,6 +4,9 @@ Owns the order of things: everything that can be wrong with the source is found 
 tensor counts as finished once its line stands in the journal; the manifest comes last. So a process killed at any
 point leaves either a whole checkpoint or one that does not load and goes on where it stopped.
 
+Weights that are found on calibration text (calibrate.py) are made a layer at a time, after all other tensors. Going on,
+the text is taken through the layers that are finished already, as they are stored.
+
 The trap: memory. A tensor is read, turned into ours (a second copy, the first is dropped) and handed to orbax, which
 makes a copy: never more than two of the largest at once.
 """
@@ -11,8 +14,9 @@ makes a copy: never more than two of the largest at once.
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from falcon_jax.checkpoint import hf_files, hub, mapping
+from falcon_jax.checkpoint.calibrate import LayerCalibration, read_text
 from falcon_jax.checkpoint.checksum import host_checksum
 from falcon_jax.checkpoint.manifest import (
     CARRIED_FILES,
@@ -52,21 +57,30 @@ def convert(
     *,
     dtype: Any = None,
     weights: str = "native",
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_rows: int = 128,
+    calibration_row_tokens: int = 2048,
     allow_pickle: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Converts a Hugging Face checkpoint into a folder that loads fast, checked by checksums.
 
-    Peak memory is twice the largest tensor, whatever the model's size. Interrupted, it is run again with the same
-    arguments and goes on where it stopped.
+    Peak memory is twice the largest tensor, whatever the model's size; with calibration a layer, the hidden states of
+    the rows, and what calibrate.py says. Interrupted, it is run again with the same arguments and goes on where it
+    stopped.
 
     Args:
       source: a Hugging Face folder (safetensors, sharded or not), or a model on the hub such as "tiiuae/falcon-7b".
       destination: a folder to make; it may exist if it is empty or holds this conversion, interrupted.
       dtype: "float16", "bfloat16" or "float32"; None keeps what is stored.
       weights: "native", or "int8" or "int4" for the blocks' projections (pallas_kernels/quantized_matmul/formats.py),
-        each rounded to the nearest; all else stays in `dtype`.
+        each rounded to the nearest unless there is calibration; all else stays in `dtype`.
+      calibration: a UTF-8 text file like what the model is to read, a few MB of it. Weights of few bits are then found
+        so that the products on this text stay what they were (GPTQ: pallas_kernels/quantized_matmul/calibrated.py),
+        on the default device; the source must have a tokenizer.
+      calibration_rows: the most rows of that text.
+      calibration_row_tokens: the most tokens of a row; no more than the model's longest context.
       allow_pickle: also read pytorch_model*.bin (needs torch >= 2.10); only from a source that you trust.
       overwrite: replace a finished checkpoint in `destination`.
       progress: show a bar on stderr.
@@ -76,11 +90,14 @@ def convert(
 
     Raises:
       CheckpointError: the source cannot be read or is no Falcon of its config.json, or the destination holds
-        something else or has too little space.
+        something else or has too little space; or there is calibration for native weights, or a text or tokenizer that
+        cannot be read.
       ConfigError: the source's config.json is none of a Falcon.
-      ValueError: an unknown dtype or kind of weights.
+      ValueError: an unknown dtype or kind of weights, or a number of calibration that is not positive.
     """
     quantize.require_weights(weights)
+    if calibration is not None and weights == "native":
+        raise CheckpointError("calibration is for weights of few bits: give weights='int4' or 'int8' with it")
     cast = require_dtype(dtype)
     folder = hub.local_folder(source, allow_pickle=allow_pickle)
     destination = Path(destination).expanduser().absolute()
@@ -91,16 +108,25 @@ def convert(
     tensors = hf_files.open_folder(folder, allow_pickle=allow_pickle)
     plan = mapping.plan(FalconConfig.from_hf(folder), tensors.tensors)
     require_tied_head(tensors, plan)
+    text = None
+    if calibration is not None:
+        text = read_text(calibration, folder, plan.config, calibration_rows, calibration_row_tokens)
     settings = {
         "dtype": None if cast is None else cast.name,
         "weights": weights,
+        "calibration": None if text is None else text.record(),
         "config": plan.config.to_hf(),
         "source": tensors.fingerprint(),
     }
     _prepare(destination, overwrite)
     with Conversion(destination, settings, list(stored_shapes(plan.config, weights))) as work:
         _require_space(destination, _bytes_left(plan, tensors, cast, weights, work.finished))
-        _convert_tensors(tensors, plan, cast, weights, work, progress)
+        with _progress_bar(tensors, plan, work, progress) as bar:
+            of_layers = [] if text is None else [entry for entry in plan.entries if _layer_of(entry) is not None]
+            others = [entry for entry in plan.entries if entry not in of_layers]
+            _convert_tensors(tensors, others, cast, weights, work, bar)
+            if text is not None:
+                _convert_layers(tensors, plan, cast, text.token_ids, weights, work, bar)
         work.finish(plan.config, folder)
     return destination
 
@@ -179,6 +205,19 @@ class Conversion:
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
+    def read(self, tensors: Iterable[str]) -> dict[str, np.ndarray]:
+        """The stored arrays of finished tensors, by path.
+
+        Raises:
+          CheckpointError: one is damaged.
+        """
+        records = {path: record for name in tensors for path, record in self.finished[name].items()}
+        arrays = self._arrays.read_host({path: record.abstract() for path, record in records.items()})
+        for path, array in arrays.items():
+            if host_checksum(array) != records[path].checksum:
+                raise CheckpointError(f"{self._folder}: {path} is damaged: delete the folder and convert again")
+        return arrays
+
     def finish(self, config: FalconConfig, source: Path) -> None:
         """Puts everything in its place, the manifest last."""
         expected = stored_shapes(config, self._settings["weights"])
@@ -228,38 +267,90 @@ class Conversion:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _progress_bar(tensors: hf_files.HFFolder, plan: mapping.Plan, work: Conversion, shown: bool) -> tqdm:
+    sizes = {entry.hf_name: tensors.tensors[entry.hf_name].num_bytes for entry in plan.entries}
+    done = sum(size for name, size in sizes.items() if name in work.finished)
+    return tqdm(total=sum(sizes.values()), initial=done, unit="B", unit_scale=True, desc="convert", disable=not shown)
+
+
 def _convert_tensors(
     tensors: hf_files.HFFolder,
-    plan: mapping.Plan,
+    entries: Iterable[mapping.Entry],
     dtype: np.dtype | None,
     weights: str,
     work: Conversion,
-    progress: bool,
+    bar: tqdm,
 ) -> None:
-    sizes = {entry.hf_name: tensors.tensors[entry.hf_name].num_bytes for entry in plan.entries}
-    done = sum(size for name, size in sizes.items() if name in work.finished)
-    bar = tqdm(total=sum(sizes.values()), initial=done, unit="B", unit_scale=True, desc="convert", disable=not progress)
+    """One by one, small ones stored together."""
+    sizes = {name: tensor.num_bytes for name, tensor in tensors.tensors.items()}
     group: dict[str, dict[str, np.ndarray]] = {}
-    with bar:
-        for entry in plan.entries:
-            if entry.hf_name in work.finished:
-                continue
-            if group and sum(sizes[name] for name in (*group, entry.hf_name)) > GROUP_BYTES:
-                _flush(work, group, bar, sizes)
-            arrays = entry.from_hf(tensors.read(entry.hf_name), dtype)
-            group[entry.hf_name] = {
-                name: part
-                for path in list(arrays)
-                for name, part in quantize.on_host(path, arrays.pop(path), weights).items()
-            }
-        if group:
+    for entry in entries:
+        if entry.hf_name in work.finished:
+            continue
+        if group and sum(sizes[name] for name in (*group, entry.hf_name)) > GROUP_BYTES:
             _flush(work, group, bar, sizes)
+        arrays = entry.from_hf(tensors.read(entry.hf_name), dtype)
+        group[entry.hf_name] = {
+            name: part
+            for path in list(arrays)
+            for name, part in quantize.on_host(path, arrays.pop(path), weights).items()
+        }
+    if group:
+        _flush(work, group, bar, sizes)
 
 
 def _flush(work: Conversion, group: dict[str, dict[str, np.ndarray]], bar: tqdm, sizes: Mapping[str, int]) -> None:
     work.add(group)
     bar.update(sum(sizes[name] for name in group))
     group.clear()  # before the next tensor is read
+
+
+def _convert_layers(
+    tensors: hf_files.HFFolder,
+    plan: mapping.Plan,
+    dtype: np.dtype | None,
+    token_ids: np.ndarray,
+    weights: str,
+    work: Conversion,
+    bar: tqdm,
+) -> None:
+    """Layer by layer, each found on calibration text and stored at once; one that is stored in part is done again."""
+    layers = [[entry for entry in plan.entries if _layer_of(entry) == i] for i in range(plan.config.num_layers)]
+    unfinished = [any(entry.hf_name not in work.finished for entry in entries) for entries in layers]
+    if not any(unfinished):
+        return
+
+    def read(entries: Iterable[mapping.Entry]) -> dict[str, np.ndarray]:
+        return {
+            path: array
+            for entry in entries
+            for path, array in entry.from_hf(tensors.read(entry.hf_name), dtype).items()
+        }
+
+    embedding = read(entry for entry in plan.entries if entry.parts[0].path == "embed.weight")["embed.weight"]
+    text = LayerCalibration(plan.config, embedding, token_ids, weights)
+    del embedding
+    for layer, entries in enumerate(layers):
+        if not unfinished[layer]:
+            shapes = {part.path: part.shape for entry in entries for part in entry.parts}
+            text.skip(layer, work.read([entry.hf_name for entry in entries]), shapes)
+            continue
+        made = text.quantize(layer, read(entries))
+        names = {
+            entry.hf_name: [
+                name for part in entry.parts for name in quantize.described(part.path, part.shape, np.float32, weights)
+            ]
+            for entry in entries
+        }
+        done = sum(tensors.tensors[name].num_bytes for name in names if name not in work.finished)
+        work.add({tensor: {name: made.pop(name) for name in parts} for tensor, parts in names.items()})
+        bar.update(done)
+
+
+def _layer_of(entry: mapping.Entry) -> int | None:
+    """The layer that a tensor is of; None where it is of none."""
+    found = re.match(r"layers\.(\d+)\.", entry.parts[0].path)
+    return None if found is None else int(found[1])
 
 
 def _prepare(destination: Path, overwrite: bool) -> None:

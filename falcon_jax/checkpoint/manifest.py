@@ -72,6 +72,11 @@ class Manifest:
         """What the projections are stored as, one of quantize.WEIGHTS."""
         return self.settings["weights"]
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the projections' codes were found on calibration text; else they are the nearest ones."""
+        return self.settings.get("calibration") is not None
+
     def write(self, folder: Path) -> None:
         content = {
             "format": FORMAT,

@@ -29,27 +29,36 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], step: Step, slots: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """The attention output and, where `slots` (this layer's cached keys and values) came in, the new ones."""
-        q, k = self._queries_and_keys(x, step)
-        v = self.value(x)
+        q, k = self.rotate(self.query(x), self.key(x), step)
+        out, slots = self.attend(q, k, self.value(x), step, slots)
+        return self.output(out), slots
+
+    def attend(
+        self,
+        q: Float[Array, "rows T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        slots: tuple[Array, Array] | None,
+    ) -> tuple[Float[Array, "rows T N H"], tuple[Array, Array] | None]:
+        """What is between the projections. With one token a row, q may have more rows, whose results mean nothing."""
         kept = None
         if slots is not None:
             kept = kv_cache.write(slots[0], k, step.offsets), kv_cache.write(slots[1], v, step.offsets)
         if kept and step.reads_cache:
-            out = self._attend_to_cache(q, *kept, step)
-        else:
-            out = flash_attention.attention(q, self._rotate_late(k, step), v, **step.attention_arguments())
-        return self.output(out), kept
+            return self._attend_to_cache(q, *kept, step), kept
+        return flash_attention.attention(q, self._rotate_late(k, step), v, **step.attention_arguments()), kept
 
     def probabilities(self, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B N T T"]:
         """What each query gives to each key, in float32: for looking at, not on any fast path."""
-        q, k = self._queries_and_keys(x, step)
+        q, k = self.rotate(self.query(x), self.key(x), step)
         k = self._rotate_late(k, step)
         scale = q.shape[-1] ** -0.5
         return attention_probabilities(q, k, step.offsets, None, step.slopes, step.alibi, scale)
 
     def _attend_to_cache(
-        self, q: Float[Array, "B T N H"], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"], step: Step
-    ) -> Float[Array, "B T N H"]:
+        self, q: Float[Array, "rows T N H"], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"], step: Step
+    ) -> Float[Array, "rows T N H"]:
         """Queries at positions offsets[b] + t against all that the cache holds, the tokens at hand included."""
         keys, arguments = self._rotate_late(keys, step), step.attention_arguments()
         if q.shape[1] > 1:
@@ -58,14 +67,20 @@ class Attention(nnx.Module):
         lengths = jnp.where(step.ends > step.offsets, step.offsets + 1, 0)
         return decode_attention.decode_attention(q[:, 0], keys, values, lengths=lengths, **arguments)[:, None]
 
-    def _queries_and_keys(self, x: Array, step: Step) -> tuple[Array, Array]:
-        q, k = self.query(x), self.key(x)
+    def rotate(self, q: Array, k: Array, step: Step) -> tuple[Array, Array]:
+        """Turns queries and keys by their positions, where the model has RoPE and the cache holds turned keys."""
         if step.rotary is not None:
-            q = positions.rotate(q, *step.rotary)
+            cos, sin = step.rotary
+            q = positions.rotate(q, _rows(cos, q.shape[0]), _rows(sin, q.shape[0]))
             if not self.rotates_cached_keys:
-                k = positions.rotate(k, *step.rotary)
+                k = positions.rotate(k, cos, sin)
         return q, k
 
     def _rotate_late(self, keys: Array, step: Step) -> Array:
         """Under dynamic scaling, turns all keys of the row by the frequencies of its present length."""
         return positions.rotate(keys, *step.key_rotary) if step.key_rotary is not None else keys
+
+
+def _rows(angles: Float[Array, "B T H"], num_rows: int) -> Array:
+    """With rows added, for those of q that no token stands behind."""
+    return jnp.pad(angles, ((0, num_rows - angles.shape[0]), (0, 0), (0, 0)))

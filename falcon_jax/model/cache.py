@@ -72,13 +72,21 @@ def _zeros(num_layers: int, shape: tuple[int, ...], dtype: DTypeLike, layout: An
 def write(
     slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B S K H"]:
-    """Puts row b's T new entries into slots lengths[b] + t. Entries past the capacity are dropped."""
-    T = new.shape[1]
-    rows = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
-    columns = lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-    written = slots.at[rows, columns].set(
-        new.astype(slots.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
-    )
+    """Puts row b's T new entries into slots lengths[b] + t.
+
+    Several entries a row: those past the capacity are dropped. A single one past it goes into the last slot: only a
+    row that has ended, which nobody reads, is that full, and to look before writing costs two more launches a layer.
+    """
+    B, T = new.shape[:2]
+    new = new.astype(slots.dtype)
+    if B == T == 1:
+        # Of a scatter XLA makes the same, with a look at the bounds before.
+        written = jax.lax.dynamic_update_slice_in_dim(slots, new, lengths[0], axis=1)
+    else:
+        rows = jnp.arange(B, dtype=jnp.int32)[:, None]
+        columns = lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        mode = "clip" if T == 1 else "drop"
+        written = slots.at[rows, columns].set(new, mode=mode, unique_indices=True, indices_are_sorted=True)
     # Keeps the write apart from what reads it: merged with the attention it is no longer done in place, and every
     # step of decoding copies the whole cache (benchmarks/LOG.md).
     return jax.lax.optimization_barrier(written)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from falcon_jax.config import FalconConfig
+from falcon_jax.model import stages
 from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.linear import LayerNorm, Linear, declare, multiply
@@ -54,8 +55,9 @@ class Block(nnx.Module):
     def __init__(self, config: FalconConfig, weights: str):
         self.parallel = config.block == "parallel"
         self.dropout_rate = config.hidden_dropout
+        self.has_mlp_norm = config.num_norms == 2
         self.attention_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
-        if config.num_norms == 2:
+        if self.has_mlp_norm:
             self.mlp_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
         self.attention = Attention(config, weights)
         self.mlp = MLP(config, weights)
@@ -68,7 +70,7 @@ class Block(nnx.Module):
         if not self.parallel:
             x = self._dropout(attended, step, 0) + x
             return self._dropout(self.mlp(self.mlp_norm(x)), step, 1) + x, slots
-        if hasattr(self, "mlp_norm"):
+        if self.has_mlp_norm:
             normed = self.mlp_norm(x)
         return self._dropout(self.mlp(normed) + attended, step, 0) + x, slots
 
@@ -131,6 +133,10 @@ class FalconDecoder(nnx.Module):
         step = Step.begin(self.config, self.options, T, offsets, ends, read, self.mesh)
 
         x = self.embed(token_ids)
+        if cache is not None and self._takes_stages(B * T, cache_is_empty, dropout_key):
+            x, kept = stages.run(self, x, step, cache, self.options.stages)
+            keys, values = zip(*kept, strict=True)
+            return x, KVCache(keys, values, ends)
         keys, values = [], []
         for i, block in enumerate(self.layers):
             slots = None if cache is None else (cache.keys[i], cache.values[i])
@@ -143,6 +149,19 @@ class FalconDecoder(nnx.Module):
                 values.append(slots[1])
         x = self.final_norm(x)
         return x, None if cache is None else KVCache(tuple(keys), tuple(values), ends)
+
+    def _takes_stages(self, num_tokens: int, cache_is_empty: bool, dropout_key: Array | None) -> bool:
+        """Whether so many tokens go through the fused stages.
+
+        Raises:
+          NotImplementedError: the options ask for the kernels by name, and single tokens cannot take them.
+        """
+        if self.options.stages == "xla" or cache_is_empty or dropout_key is not None:
+            return False
+        reason = stages.reason_against(self, num_tokens)
+        if reason is not None and self.options.stages is not None and num_tokens <= stages.MAX_TOKENS:
+            raise NotImplementedError(f"stages={self.options.stages!r} cannot run here: {reason}")
+        return reason is None
 
     def _run(self, block: Block, x: Array, step: Step, slots: tuple[Array, Array] | None):
         if not self.options.remat:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, storage
+from pallas_kernels.quantized_matmul import Product, QuantizedWeight, quantized_matmul, storage
 
 
 def declare(shape: tuple[int, ...], init: str, dtype: DTypeLike | None = None) -> nnx.Param:
@@ -73,9 +73,21 @@ class Linear(nnx.Module):
         if isinstance(self.weight, Quantized):
             product = quantized_matmul(x, self.weight.arrays(), math.prod(self.outputs))
         else:
-            product = multiply(x, self.weight[...].reshape(math.prod(self.inputs), math.prod(self.outputs)))
+            product = multiply(x, self.matrix())
         product = product.reshape(*leading, *self.outputs)
         return product + self.bias[...] if hasattr(self, "bias") else product
+
+    def matrix(self) -> Float[Array, "I O"] | QuantizedWeight:
+        """The weight as kernels take it."""
+        if isinstance(self.weight, Quantized):
+            return self.weight.arrays()
+        return self.weight[...].reshape(math.prod(self.inputs), math.prod(self.outputs))
+
+    def product(self, x: Float[Array, "R I"], activation: str | None = None) -> Product:
+        """What the projection is of rows of inputs, for a launch that computes several."""
+        num_outputs = math.prod(self.outputs)
+        bias = self.bias[...].reshape(num_outputs) if hasattr(self, "bias") else None
+        return Product(x, self.matrix(), num_outputs, bias, activation)
 
 
 class Quantized(nnx.Module):
@@ -97,6 +109,10 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
         self.scale = declare((width,), "ones")
         self.bias = declare((width,), "zeros")
+
+    def affine(self) -> tuple[Float[Array, " D"], Float[Array, " D"]]:
+        """Scale and shift."""
+        return self.scale[...], self.bias[...]
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import quantize
-from falcon_jax.model.decoder import FalconDecoder
+from falcon_jax.model.decoder import Block, FalconDecoder
 from falcon_jax.model.step import ForwardOptions
 from pallas_kernels.quantized_matmul import QuantizedWeight
 
@@ -69,6 +69,13 @@ def weights_of(params: Params) -> str:
     return "native" if values is None else QuantizedWeight(values, None).form
 
 
+def cast(params: Params, dtype: DTypeLike) -> Params:
+    """All parameters in `dtype`, but the arrays of weights in few bits as they are."""
+    own = (".weight.values", ".weight.scales")
+    leaves = flatten(params).items()
+    return unflatten({path: leaf if path.endswith(own) else leaf.astype(dtype) for path, leaf in leaves})
+
+
 def bind(
     config: FalconConfig, params: Params, options: ForwardOptions | None = None, mesh: Mesh | None = None
 ) -> FalconDecoder:
@@ -81,14 +88,16 @@ def bind(
       ValueError: `params` is not the tree that `config` describes.
     """
     graph, state = _declared(config, options or ForwardOptions(), mesh, weights_of(params))
-    expected, given = flatten(nnx.to_pure_dict(state)), flatten(params)
-    wrong = [path for path, leaf in expected.items() if path not in given or given[path].shape != leaf.shape]
-    wrong += [path for path in given if path not in expected]
-    if wrong:
-        raise ValueError(f"these parameters do not fit the configuration: {', '.join(wrong[:5])} ({len(wrong)} in all)")
-    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one stays abstract
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+    return _merged(graph, state, params)
+
+
+def bind_block(config: FalconConfig, params: Params) -> Block:
+    """One layer over its own native parameters, the tree that lies under "layers.i". Use inside jit, as `bind`.
+
+    Raises:
+      ValueError: `params` is not the tree of a layer that `config` describes.
+    """
+    return _merged(*_declared_block(config), params)
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -117,6 +126,23 @@ def num_bytes(params: Params) -> int:
 def _declared(config: FalconConfig, options: ForwardOptions, mesh: Mesh | None, weights: str) -> tuple[Any, Any]:
     """The module's graph and its abstract state, made once a configuration."""
     return nnx.split(FalconDecoder(config, options, mesh, weights))
+
+
+@functools.lru_cache(maxsize=64)
+def _declared_block(config: FalconConfig) -> tuple[Any, Any]:
+    return nnx.split(Block(config, "native"))
+
+
+def _merged(graph: Any, state: Any, params: Params) -> Any:
+    """The module over `params`, which must be what was declared."""
+    expected, given = flatten(nnx.to_pure_dict(state)), flatten(params)
+    wrong = [path for path, leaf in expected.items() if path not in given or given[path].shape != leaf.shape]
+    wrong += [path for path in given if path not in expected]
+    if wrong:
+        raise ValueError(f"these parameters do not fit the configuration: {', '.join(wrong[:5])} ({len(wrong)} in all)")
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
 
 
 def _walk_declared(config: FalconConfig, weights: str) -> Iterator[tuple[str, Any]]:

@@ -20,22 +20,28 @@ class ForwardOptions:
     alibi: "float32" (exact, and needed past the trained length) or "hf_bf16" (the rounding of transformers).
     attention: `implementation` of the kernels of pallas_kernels (flash_attention, and decode_attention for single
       tokens); None picks the best that works.
+    stages: `implementation` of the fused stages of a few tokens (stages.py): "mosaic", "xla" (plain layers), or None
+      for the kernels where they run.
     remat: compute each block again in the backward pass instead of keeping its activations.
     """
 
     alibi: str = "float32"
     attention: str | None = None
+    stages: str | None = None
     remat: bool = False
 
     def __post_init__(self) -> None:
         if self.alibi not in ("float32", "hf_bf16"):
             raise ValueError(f"alibi={self.alibi!r} is unknown; known are 'float32' and 'hf_bf16'")
+        if self.stages not in (None, "mosaic", "xla"):
+            raise ValueError(f"stages={self.stages!r} is unknown; known are 'mosaic', 'xla' and None")
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     """Computed once a forward pass, read by every layer."""
 
+    num_columns: int  # T, tokens a row
     offsets: Int[Array, " B"]  # position of each row's first token
     ends: Int[Array, " B"]  # position after each row's last real token; the row's offset where it has none
     slopes: Float[Array, " N"] | None  # ALiBi
@@ -73,7 +79,9 @@ class Step:
                 keys = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (offsets.shape[0], capacity))
                 key_rotary = positions.rotary_angles(config.rope, config.head_dim, keys, ends)
         reads_cache = cache is not None
-        return cls(offsets, ends, slopes, rotary, key_rotary, reads_cache, options.alibi, options.attention, mesh)
+        return cls(
+            num_columns, offsets, ends, slopes, rotary, key_rotary, reads_cache, options.alibi, options.attention, mesh
+        )
 
     def attention_arguments(self) -> dict:
         """The keyword arguments that every layer's attention call has in common."""

@@ -306,8 +306,7 @@ def make_eval_step(
     def eval_step(
         params: Params, tokens: Integer[Array, "B columns"], counts: Integer[Array, " B"]
     ) -> Float[Array, "B T"]:
-        computed = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-        decoder = model_params.bind(config, computed, forward, mesh)
+        decoder = model_params.bind(config, model_params.cast(params, compute_dtype), forward, mesh)
         return loss_sums(decoder, tokens.astype(jnp.int32), counts, options.loss_chunk_tokens)[2]
 
     return jax.jit(eval_step)

@@ -33,8 +33,17 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.mosaic import fitting_plan
-from pallas_kernels.quantized_matmul.stream import ROWS, Operand, Plan, Stream, arrays_of, form_of, scratch
+from pallas_kernels.quantized_matmul.mosaic import parameters
+from pallas_kernels.quantized_matmul.stream import (
+    ROWS,
+    Operand,
+    Plan,
+    Stream,
+    arrays_of,
+    fitting_plan,
+    form_of,
+    scratch,
+)
 
 PER_ROW, PER_OUTPUT = ROWS.reduce(1), ROWS.reduce(0)
 
@@ -54,22 +63,24 @@ def attention_norm_mosaic(
     num_rows, width = residual.shape
     num_sms = compat.num_sms()
     if plan is None:
-        plan = default_plan(form_of(weights[0]), width, num_rows, num_sms)
+        plan = default_plan(form_of(weights[0]), width, num_rows, len(norms), num_sms)
     return _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], counter,
         epsilon=epsilon, plan=plan, num_sms=num_sms, interpretable=compat.interpreting(),
     )  # fmt: skip
 
 
-def default_plan(form: str, width: int, num_rows: int, num_sms: int) -> Plan:
+def default_plan(form: str, width: int, num_rows: int, num_norms: int, num_sms: int) -> Plan:
     """One or two blocks a multiprocessor, several of them on a tile where there are fewer tiles."""
     tiles = -(-width // TILE)
     splits = 1
-    # Half of a multiprocessor's memory each: so they all run at once, wherever clusters find their place.
-    while tiles * splits * 2 <= num_sms + num_sms // 8 and splits < 8:
+    while tiles * splits * 2 <= num_sms + num_sms // 8 and splits < 8 and num_rows <= 32:
         splits *= 2
     per_block = -(-tiles // num_sms)
-    return fitting_plan(form, per_block, num_rows, splits, (200 if splits == 1 else 92) * 1024)
+    # Two blocks of a cluster fit each multiprocessor: so all run at once, wherever clusters find their place.
+    available = (compat.MAX_SMEM_BYTES if splits == 1 else compat.MAX_SMEM_BYTES // 2) - 2048
+    after = (per_block + num_norms) * num_rows * TILE * 2 + per_block * (2 * num_norms + 2) * TILE * 2
+    return fitting_plan(form, num_rows, available - after, width=per_block, splits=splits)
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "plan", "num_sms", "interpretable"))
@@ -80,9 +91,7 @@ def _launch(
     num_rows, width = residual.shape
     num_tiles = -(-width // TILE)
     num_blocks = -(-num_tiles // plan.width)
-    settings = _Settings(
-        plan, num_rows, width, num_tiles, num_blocks, len(norms), len(biases), epsilon, interpretable
-    )
+    settings = _Settings(plan, num_rows, width, num_tiles, num_blocks, len(norms), len(biases), epsilon, interpretable)
     operands = [Operand(form_of(weight), x.shape[1], width) for x, weight in zip(xs, weights, strict=True)]
     inputs = {
         "xs": list(xs),
@@ -99,9 +108,7 @@ def _launch(
         "moments": jax.ShapeDtypeStruct((2, num_rows, -(-num_tiles // TILE) * TILE), jnp.float32),
     }
     if plan.splits > 1:
-        outputs["partial"] = jax.ShapeDtypeStruct(
-            (num_blocks, plan.width, plan.splits, num_rows, TILE), jnp.float32
-        )
+        outputs["partial"] = jax.ShapeDtypeStruct((num_blocks, plan.width, plan.splits, num_rows, TILE), jnp.float32)
     given, treedef = jax.tree.flatten(inputs)
     made, made_treedef = jax.tree.flatten(outputs)
 
@@ -130,7 +137,7 @@ def _launch(
         num_threads=plan.warpgroups,
         thread_name="warpgroup",
         kernel_name="attention_norm",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=parameters(interpretable),
         scratch_types={"smem": smem},
         **blocks,
     )(*given)
@@ -205,6 +212,7 @@ class _Block:
         _store(self.arrays["partial"].at[self.block, i, self.split], self.stream.gathered(i))
         if not self.settings.interpretable:
             _fence()
+        plgpu.commit_smem()
         plgpu.barrier_arrive(self.smem["shared_out"])
         plgpu.barrier_wait(self.smem["shared_out"])
 
@@ -267,6 +275,7 @@ class _Block:
         y = _load(self.smem["tiles"].at[i, rows], ROWS).astype(jnp.float32)
         y = (y - _over_outputs(mean, y.shape)) * _over_outputs(inverse, y.shape)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
+        plgpu.commit_smem()
         for j in range(self.settings.num_norms):
             scale, shift = (self.column(i, self.settings.num_biases + 2 * j + which) for which in range(2))
             target = self.smem["normed"].at[j, rows]

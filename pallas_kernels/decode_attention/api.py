@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -11,7 +12,7 @@ from pallas_kernels.decode_attention.reference import decode_xla
 
 
 def decode_attention(
-    q: Float[Array, "B N H"],
+    q: Float[Array, "R N H"],
     keys: Float[Array, "rows slots K H"],
     values: Float[Array, "rows slots K H"],
     *,
@@ -24,11 +25,12 @@ def decode_attention(
     mesh: Mesh | None = None,
     batch_axes: Sequence[str] = sharded.BATCH_AXES,
     head_axis: str = sharded.HEAD_AXIS,
-) -> Float[Array, "B N H"]:
+) -> Float[Array, "R N H"]:
     """Attention of each row's newest token, at position lengths[b] - 1, to its keys 0 .. lengths[b] - 1.
 
     Args:
-      q: query head n reads key/value head n // (N / K).
+      q: query head n reads key/value head n // (N / K). There may be more rows than `lengths` has: a chain of kernels
+        that work on eight rows at a time need not cut them off. What the result holds for them means nothing.
       keys, values: [B, S, K, H], row b's key j in slot j; or, with `page_table`, a pool [num_pages, 64, K, H]. Slots
         that belong to no key may hold any number, but no infinity or NaN.
       lengths: keys of each row, 0 to S.
@@ -44,7 +46,7 @@ def decode_attention(
         rows and are split by heads alone. XLA splits its own as it sees fit.
 
     Returns:
-      [B, N, H] in q's dtype. Rows of length 0 give zeros.
+      As q. Rows of length 0 give zeros.
 
     Raises:
       ValueError: shapes that do not fit, an unknown `alibi` or `implementation`.
@@ -55,8 +57,10 @@ def decode_attention(
     if keys.shape != values.shape or q.shape[-1] != keys.shape[-1]:
         found = f"keys {keys.shape}, values {values.shape} and q {q.shape}"
         raise ValueError(f"decode_attention: {found} must have one head dim, and keys and values one shape")
-    if page_table is None and keys.shape[0] != q.shape[0]:
-        raise ValueError(f"decode_attention: {q.shape[0]} rows of queries need as many of keys, not {keys.shape[0]}")
+    B = lengths.shape[0]
+    if q.shape[0] < B or (page_table is None and keys.shape[0] != B):
+        found = f"{q.shape[0]} rows of queries and {keys.shape[0]} of keys"
+        raise ValueError(f"decode_attention: {B} lengths need as many rows of keys and no fewer queries, not {found}")
     if page_table is not None and keys.shape[1] != PAGE:
         raise ValueError(f"decode_attention: pages hold {PAGE} slots, not {keys.shape[1]}")
     if scale is None:
@@ -68,7 +72,8 @@ def decode_attention(
         "xla": lambda: None,
     }
     if dispatch.choose("decode_attention", implementation, candidates) == "xla":
-        return decode_xla(q, keys, values, lengths, slopes, alibi, scale, page_table)
+        out = decode_xla(q[:B], keys, values, lengths, slopes, alibi, scale, page_table)
+        return jnp.pad(out, ((0, q.shape[0] - B), (0, 0), (0, 0)))
 
     from pallas_kernels.decode_attention import mosaic
 

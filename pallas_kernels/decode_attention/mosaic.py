@@ -57,7 +57,7 @@ def reason_against(q: Array, keys: Array, scale: float) -> str | None:
 
 
 def decode_mosaic(
-    q: Float[Array, "B N H"],
+    q: Float[Array, "R N H"],
     keys: Float[Array, "_ _ K H"],
     values: Float[Array, "_ _ K H"],
     lengths: Int[Array, " B"],
@@ -67,7 +67,7 @@ def decode_mosaic(
     page_table: Int[Array, "B max_pages"] | None,
     *,
     plan: Plan | None = None,
-) -> Float[Array, "B N H"]:
+) -> Float[Array, "R N H"]:
     """`decode_attention` by the kernel; its arguments, all given. `plan` None takes the tuned one.
 
     Under vmap the mapped calls become rows of one launch; slopes may not be mapped over.
@@ -93,9 +93,11 @@ def decode_mosaic(
                 pools = jnp.arange(axis_size, dtype=jnp.int32) * keys.shape[1 if keys_mapped else 0]
                 page_table += jnp.repeat(pools, page_table.shape[0] // axis_size)[:, None]
             keys, values = rows(keys, keys_mapped), rows(values, values_mapped)
-        q, lengths = rows(q, q_mapped), rows(lengths, lengths_mapped)
+        B = lengths.shape[-1]
+        idle = q.shape[-3] - B  # rows without a length, which would stand between those of the mapped calls
+        q, lengths = rows(q[..., :B, :, :], q_mapped), rows(lengths, lengths_mapped)
         out = decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table, plan=plan)
-        return out.reshape(axis_size, -1, *out.shape[1:]), True
+        return jnp.pad(out.reshape(axis_size, B, *out.shape[1:]), ((0, 0), (0, idle), (0, 0), (0, 0))), True
 
     return launch(q, keys, values, lengths, slopes, page_table)
 
@@ -106,8 +108,8 @@ def _launch(
     q, keys, values, lengths, slopes, page_table,
     *, alibi: str, scale: float, plan: Plan | None, num_sms: int, interpretable: bool,
 ) -> Array:  # fmt: skip
-    B, N, H = q.shape
-    K = keys.shape[2]
+    num_rows, N, H = q.shape
+    B, K = lengths.shape[0], keys.shape[2]
     capacity = keys.shape[1] if page_table is None else page_table.shape[1] * PAGE
     shape = Shape(B, K, N // K, H, capacity)
     plan = plan or default_plan(shape, num_sms)
@@ -138,7 +140,7 @@ def _launch(
         scratch["slope_smem"] = plgpu.SMEM((heads,), jnp.float32)
     if not interpretable:
         scratch["reduction_smem"] = plgpu.SMEM((W, 2, heads, 4), jnp.float32)
-    grouped = jax.ShapeDtypeStruct((B, K, shape.G, 1, H), q.dtype)
+    grouped = jax.ShapeDtypeStruct((num_rows, K, shape.G, 1, H), q.dtype)
     outputs = {"out": grouped}
     if exchange is not None:
         scratch["exchange"] = exchange.buffers()

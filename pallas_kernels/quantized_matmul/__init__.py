@@ -1,6 +1,7 @@
-"""Products with weights of 8 or 4 bits."""
+"""Products with weights, of 8 or 4 bits or as they are: one, or all of a layer's input stage."""
 
-from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.quantized_matmul.api import project, quantized_matmul
+from pallas_kernels.quantized_matmul.calibrated import quantize_calibrated
 from pallas_kernels.quantized_matmul.formats import (
     FORMS,
     TILE_OUTPUTS,
@@ -9,5 +10,17 @@ from pallas_kernels.quantized_matmul.formats import (
     quantize,
     storage,
 )
+from pallas_kernels.quantized_matmul.product import Product
 
-__all__ = ["FORMS", "TILE_OUTPUTS", "QuantizedWeight", "dequantize", "quantize", "quantized_matmul", "storage"]
+__all__ = [
+    "FORMS",
+    "TILE_OUTPUTS",
+    "Product",
+    "QuantizedWeight",
+    "dequantize",
+    "project",
+    "quantize",
+    "quantize_calibrated",
+    "quantized_matmul",
+    "storage",
+]

@@ -1,9 +1,15 @@
-"""`quantized_matmul`: what models call. Checks the arguments, picks the implementation, runs it."""
+"""`quantized_matmul` and `project`: what models call. They check arguments, pick the implementation and run it."""
 
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import compat, dispatch
 from pallas_kernels.quantized_matmul.formats import QuantizedWeight, storage
+from pallas_kernels.quantized_matmul.product import Product
 from pallas_kernels.quantized_matmul.reference import matmul_xla
 
 
@@ -12,18 +18,55 @@ def quantized_matmul(
 ) -> Float[Array, "*rows O"]:
     """x times a weight of 8 or 4 bits (formats.py), added up in float32.
 
-    Differentiable with respect to x.
+    Differentiable with respect to x where "xla" runs.
 
     Args:
       num_outputs: O, which the weight's tiles tell only up to a multiple of 64.
-      implementation: "xla", or None for the first that takes the call.
+      implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows), "xla", or None: "xla".
 
     Returns:
       [..., O] in x's dtype.
 
     Raises:
       ValueError: arrays that are no weight [I, O], or an unknown `implementation`.
+      NotImplementedError: the named implementation cannot take these arguments.
     """
+    return project([Product(x, weight, num_outputs)], implementation=implementation or "xla")[0]
+
+
+def project(products: Sequence[Product], *, implementation: str | None = None) -> list[Float[Array, "*rows O"]]:
+    """Several products at once: the input stage of a layer, whose projections read one normalized input or two.
+
+    Args:
+      products: weights of one form, all with as many inputs and rows.
+      implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows: one launch), "xla", or None for the first that
+        takes the call.
+
+    Raises:
+      ValueError: a weight that does not fit its x, or an unknown `implementation`.
+      NotImplementedError: the named implementation cannot take these arguments.
+    """
+    for product in products:
+        _check(product)
+    candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
+    if dispatch.choose("quantized_matmul", implementation, candidates) == "xla":
+        return [_project_xla(product) for product in products]
+
+    from pallas_kernels.quantized_matmul.mosaic import project_mosaic
+    from pallas_kernels.quantized_matmul.stream import in_eights
+
+    made = project_mosaic([_with_x(product, in_eights(product.x)) for product in products])
+    shapes = [(*product.x.shape[:-1], product.num_outputs) for product in products]
+    num_rows = products[0].x.size // products[0].x.shape[-1]
+    return [y[:num_rows].reshape(shape) for y, shape in zip(made, shapes, strict=True)]
+
+
+def _check(product: Product) -> None:
+    x, weight, num_outputs = product.x, product.weight, product.num_outputs
+    if not isinstance(weight, QuantizedWeight):
+        if weight.shape != (x.shape[-1], num_outputs):
+            raise ValueError(f"project: a weight {weight.shape} does not fit x {x.shape} and {num_outputs} outputs")
+        return
     expected = storage(weight.form, x.shape[-1], num_outputs)
     if (weight.values.shape, weight.scales.shape) != (expected.values.shape, expected.scales.shape):
         found = f"values {weight.values.shape} with scales {weight.scales.shape}"
@@ -32,5 +75,31 @@ def quantized_matmul(
             f"quantized_matmul: {weight.form} {found} do not fit x {x.shape} and {num_outputs} outputs, which take "
             f"{wanted}"
         )
-    dispatch.choose("quantized_matmul", implementation, {"xla": lambda: None})
-    return matmul_xla(x, weight, num_outputs)
+
+
+def _project_xla(product: Product) -> Array:
+    x = product.x
+    if isinstance(product.weight, QuantizedWeight):
+        y = matmul_xla(x, product.weight, product.num_outputs)
+    else:
+        y = lax.dot_general(x, product.weight, (((x.ndim - 1,), (0,)), ((), ())))
+    if product.bias is not None:
+        y = y + product.bias
+    if product.activation == "gelu":
+        y = jax.nn.gelu(y.astype(jnp.float32), approximate=False).astype(y.dtype)
+    return y
+
+
+def _with_x(product: Product, x: Array) -> Product:
+    return Product(x, product.weight, product.num_outputs, product.bias, product.activation)
+
+
+def _mosaic_reason(products: Sequence[Product]) -> str | None:
+    if (reason := compat.mosaic_reason()) is not None:
+        return reason
+    from pallas_kernels.quantized_matmul.stream import form_of, reason_against
+
+    if len({(form_of(product.weight), product.x.shape) for product in products}) > 1:
+        return "it takes weights of one form, and x of one shape"
+    reasons = [reason_against(product.x, product.weight, product.num_outputs) for product in products]
+    return next(filter(None, reasons), None)

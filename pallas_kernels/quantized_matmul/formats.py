@@ -121,8 +121,8 @@ def quantize(weight: Float[Array, "I O"], form: str) -> QuantizedWeight:
         scales = jnp.where(largest > 0, largest / 127, 1.0)
         return QuantizedWeight(pack(jnp.round(w / scales).T, form), scales.reshape(-1, TILE_OUTPUTS))
     groups = w.reshape(-1, GROUP, w.shape[1])
-    scales = _best_scales(groups)
-    codes = _codes(groups, scales).reshape(w.shape)
+    scales = best_scales(groups)
+    codes = nearest_codes(groups, scales).reshape(w.shape)
     return QuantizedWeight(pack(codes.T, form), scales.reshape(len(groups), -1, TILE_OUTPUTS).swapaxes(0, 1))
 
 
@@ -186,25 +186,26 @@ def _reordered(codes: Array, coding: _Coding, tiles: tuple[int, ...], source: st
     return codes.reshape([sizes[axis] for axis in source]).transpose([source.index(axis) for axis in target])
 
 
-def _codes(groups: Float[Array, "P 128 O"], scales: Float[Array, "P O"]) -> Float[Array, "P 128 O"]:
+def nearest_codes(groups: Float[Array, "P 128 O"], scales: Float[Array, "P O"]) -> Float[Array, "P 128 O"]:
+    """Of 4 bits."""
     return jnp.clip(jnp.round(groups / scales.astype(jnp.float32)[:, None]), -8, 7)
 
 
-def _best_scales(groups: Float[Array, "P 128 O"]) -> Float[Array, "P O"]:
-    """Of each group. Scales have a sign: the largest weight, whichever its own is, gets the code -8, which has no
-    opposite."""
+def best_scales(groups: Float[Array, "P 128 O"]) -> Float[Array, "P O"]:
+    """Of each group, of 4 bits. They have a sign: the largest weight, whichever its own is, gets the code -8, which has
+    no opposite."""
     place = jnp.argmax(jnp.abs(groups), axis=1, keepdims=True)
     largest = jnp.take_along_axis(groups, place, axis=1)[:, 0]
     largest = jnp.where(largest == 0, -8.0, largest)
     factors = jnp.asarray(SHRINKING, jnp.float32)
 
     def try_one(step, best):
-        best_scales, least = best
+        found, least = best
         scales = (largest / -8 * factors[step]).astype(jnp.bfloat16)
-        difference = _codes(groups, scales) * scales.astype(jnp.float32)[:, None] - groups
+        difference = nearest_codes(groups, scales) * scales.astype(jnp.float32)[:, None] - groups
         error = jnp.sum(difference * difference, axis=1)
         better = error < least
-        return jnp.where(better, scales, best_scales), jnp.where(better, error, least)
+        return jnp.where(better, scales, found), jnp.where(better, error, least)
 
     none = jnp.zeros(largest.shape, jnp.bfloat16), jnp.full(largest.shape, jnp.inf, jnp.float32)
     return lax.fori_loop(0, len(SHRINKING), try_one, none)[0]

@@ -1,6 +1,5 @@
 """Products of a few rows with weights for Hopper, several in one launch: Pallas, Mosaic GPU. See stream.py."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,40 +14,17 @@ from jaxtyping import Array, Float
 from pallas_kernels import compat
 from pallas_kernels.hopper import LOG2E
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.stream import ROWS, Operand, Plan, Stream, arrays_of, form_of, scratch
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Product:
-    """activation(x @ weight + bias), for x [R, I].
-
-    weight: [I, O], or a QuantizedWeight of as many. bias: [O] or None.
-    activation: None, or "gelu" (exact, of the product rounded to x's dtype).
-    """
-
-    x: Float[Array, "R I"]
-    weight: Any
-    bias: Float[Array, " O"] | None = None
-    num_outputs: int = dataclasses.field(default=0, metadata={"static": True})
-    activation: str | None = dataclasses.field(default=None, metadata={"static": True})
-
-
-def default_plan(form: str, num_tiles: int, num_rows: int, num_sms: int) -> Plan:
-    """All tiles at once where registers allow it: x is then read once a block."""
-    width = max(1, min(-(-num_tiles // num_sms), 64 // num_rows))
-    return fitting_plan(form, width, num_rows)
-
-
-def fitting_plan(form: str, width: int, num_rows: int, splits: int = 1, smem_bytes: int = 200 * 1024) -> Plan:
-    """As many stages as fit, two at least, of chunks that are not small."""
-    warpgroups = 3 if form == "native" else 4
-    groups = 2 if form == "int4" and width == 1 else 1
-    plan = Plan(warpgroups, 2, width, groups, splits)
-    while plan.warpgroups > 1 and 2 * plan.warpgroups * plan.stage_bytes(form, num_rows) > smem_bytes:
-        plan = dataclasses.replace(plan, warpgroups=plan.warpgroups - 1)
-    stages = smem_bytes // (plan.warpgroups * plan.stage_bytes(form, num_rows))
-    return dataclasses.replace(plan, stages=max(2, min(stages, 6)))
+from pallas_kernels.quantized_matmul.product import Product
+from pallas_kernels.quantized_matmul.stream import (
+    ROWS,
+    Operand,
+    Plan,
+    Stream,
+    arrays_of,
+    fitting_plan,
+    form_of,
+    scratch,
+)
 
 
 def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> list[Float[Array, "R O"]]:
@@ -56,11 +32,11 @@ def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> 
 
     Rows are a multiple of 8 here: what stands in the last ones may be anything, and makes anything.
     """
-    num_sms = compat.num_sms()
     if plan is None:
-        num_tiles = sum(-(-product.num_outputs // TILE) for product in products)
-        plan = default_plan(form_of(products[0].weight), num_tiles, products[0].x.shape[0], num_sms)
-    return _launch(list(products), plan=plan, num_sms=num_sms, interpretable=compat.interpreting())
+        num_rows = products[0].x.shape[0]
+        after = 4 * num_rows * TILE * 2  # a tile of each warpgroup's, on its way out
+        plan = fitting_plan(form_of(products[0].weight), num_rows, compat.MAX_SMEM_BYTES - 1024 - after)
+    return _launch(list(products), plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting())
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "num_sms", "interpretable"))
@@ -98,6 +74,7 @@ def _launch(products: list[Product], *, plan: Plan, num_sms: int, interpretable:
             if products[k].activation == "gelu":
                 y = gelu(y.astype(jnp.float32)).astype(y.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this warpgroup's tile before
+            plgpu.commit_smem()
             own_smem[...] = y
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_smem, outs[k].at[:, outputs])
@@ -124,12 +101,17 @@ def _launch(products: list[Product], *, plan: Plan, num_sms: int, interpretable:
         num_threads=plan.warpgroups,
         thread_name="warpgroup",
         kernel_name="project",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=parameters(interpretable),
         scratch_types={
             "smem": scratch(operands[0], plan, num_rows),
             "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
         },
     )(*flat)
+
+
+def parameters(interpretable: bool) -> Any:
+    """Warps meet where the kernels say so. Pallas would let them at every access of shared memory."""
+    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not interpretable)
 
 
 def gelu(x: Any) -> Any:

@@ -18,6 +18,7 @@ Letters: I inputs, O outputs, R rows of x, a multiple of 8; the last may be anyt
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,10 +55,26 @@ class Plan:
     groups: int = 1
     splits: int = 1
 
-    def stage_bytes(self, form: str, num_rows: int) -> int:
-        """Shared memory of one chunk."""
+    def smem_bytes(self, form: str, num_rows: int) -> int:
+        """Shared memory of a block, without what comes after the products."""
         of_tile = {"native": 2 * GROUP * TILE, "int8": GROUP * TILE + 4 * TILE, "int4": GROUP * TILE // 2 + 2 * TILE}
-        return self.groups * (self.width * of_tile[form] + 2 * GROUP * num_rows)
+        chunk = self.groups * (self.width * of_tile[form] + 2 * GROUP * num_rows)
+        return self.warpgroups * (self.stages * chunk + 2 * num_rows * TILE * 4)
+
+
+def fitting_plan(form: str, num_rows: int, smem_bytes: int, *, width: int = 1, splits: int = 1) -> Plan:
+    """The largest chunks of which every warpgroup holds two or more, by what was measured (benchmarks/LOG.md)."""
+    most_groups, most_warpgroups = {"native": (1, 3), "int8": (2, 4), "int4": (4, 4)}[form]
+    if splits > 1:
+        most_groups, most_warpgroups = min(most_groups, 2), 2
+    for groups in (4, 2, 1):
+        for warpgroups in (most_warpgroups, 2, 1):
+            for stages in (6, 5, 4, 3, 2):
+                plan = Plan(warpgroups, stages, width, groups, splits)
+                fits = plan.smem_bytes(form, num_rows) <= smem_bytes
+                if fits and groups <= most_groups and (warpgroups == most_warpgroups or groups == 1):
+                    return plan
+    raise ValueError(f"{num_rows} rows and {width} tiles at once do not fit {smem_bytes} bytes of shared memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +102,23 @@ def form_of(weight: Any) -> str:
     return weight.form if isinstance(weight, QuantizedWeight) else "native"
 
 
-def reason_against(x: jax.Array, weight: Any, num_outputs: int) -> str | None:
-    """Why a kernel cannot take these here, or None where it can."""
+def reason_against(x: Any, weight: Any, num_outputs: int) -> str | None:
+    """Why a kernel cannot take these, or None where it can: x [..., I], of which only shape and dtype count."""
     num_inputs = x.shape[-1]
-    num_rows = x.size // max(num_inputs, 1)
+    num_rows = math.prod(x.shape[:-1])
     if x.dtype != jnp.bfloat16 or (form_of(weight) == "native" and weight.dtype != x.dtype):
         return f"it takes bfloat16, not {x.dtype}"
     if not 1 <= num_rows <= MAX_ROWS:
         return f"it takes 1 to {MAX_ROWS} rows, not {num_rows}"
     if num_inputs % DEPTH or num_outputs % TILE:
         return f"it takes multiples of {DEPTH} inputs and {TILE} outputs, not {num_inputs} and {num_outputs}"
-    return compat.mosaic_reason()
+    return None
+
+
+def in_eights(x: jax.Array) -> jax.Array:
+    """x [..., I] as rows [R, I], R a multiple of 8."""
+    x = x.reshape(-1, x.shape[-1])
+    return jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
 
 
 def arrays_of(weight: Any) -> list[jax.Array]:
@@ -162,6 +185,8 @@ class Stream:
         self.warpgroup, self.interpretable = warpgroup, interpretable
         (self.block, self.num_blocks), (self.index, self.num_shares) = block, share
         self.is_sum = len({operand.first_tile for operand in operands}) == 1
+        if not self.is_sum and plan.width != 1:
+            raise ValueError(f"tiles of several weights are made one at a time, not {plan.width} as in {plan}")
         self.form = operands[0].form
         self.num_rows = xs[0].shape[0]
         terms = operands if self.is_sum else operands[:1]
@@ -179,7 +204,14 @@ class Stream:
     def begin(self) -> None:
         """Starts the first copies."""
         for n in range(self.plan.stages):
-            pl.when(n < self.total)(functools.partial(self.copy, jnp.int32(n)))
+            self._start(jnp.int32(n))
+
+    def _start(self, n: Any) -> None:
+        """Starts the copies of this warpgroup's n-th chunk, if there is one: a warp does, the others go on."""
+
+        @plgpu.warp_map
+        def _in_a_warp(warp: Any) -> None:
+            pl.when((warp == 0) & (n < self.total))(lambda: self._copy(n))
 
     def tile(self, turn: Any, i: int) -> Any:
         """The i-th tile of a turn, counted in the launch. The last ones may not exist."""
@@ -194,31 +226,29 @@ class Stream:
             start += count
         return totals
 
-    def copy(self, n: Any) -> None:
-        """Starts the copies of this warpgroup's n-th chunk."""
+    def _copy(self, n: Any) -> None:
         turn, within = jnp.int32(0), n
         if not self.has_one_turn:
             per_turn = jnp.maximum(self.per_turn, 1)
             turn, within = lax.div(n, per_turn), lax.rem(n, per_turn)
         slot = lax.rem(n, jnp.int32(self.plan.stages))
         if not self.is_sum:
-            self._copy_x(0, slot, within)
-            for i in range(self.plan.width):
-                # A tile that does not exist is the last one once more.
-                tile = jnp.minimum(self.tile(turn, i), self.num_tiles - 1)
-                for k, operand in enumerate(self.operands):
-                    own = tile - operand.first_tile
-                    is_own = (own >= 0) & (own < operand.num_tiles)
-                    pl.when(is_own)(functools.partial(self._copy_tile, k, slot, within, i, own))
+            tile = self.tile(turn, 0)
+            for k, operand in enumerate(self.operands):
+                own = tile - operand.first_tile
+                is_own = (own >= 0) & (own < operand.num_tiles)
+                pl.when(is_own)(functools.partial(self._copy_term, k, slot, within, [own]))
             return
+        # A tile that does not exist is the last one once more.
+        tiles = [jnp.minimum(self.tile(turn, i), self.num_tiles - 1) for i in range(self.plan.width)]
         for k, count in enumerate(self.counts):
-            pl.when((within >= 0) & (within < count))(functools.partial(self._copy_term, k, slot, within, turn))
+            pl.when((within >= 0) & (within < count))(functools.partial(self._copy_term, k, slot, within, tiles))
             within = within - count
 
-    def _copy_term(self, k: int, slot: Any, within: Any, turn: Any) -> None:
+    def _copy_term(self, k: int, slot: Any, within: Any, tiles: list[Any]) -> None:
         self._copy_x(k, slot, within)
-        for i in range(self.plan.width):
-            self._copy_tile(k, slot, within, i, jnp.minimum(self.tile(turn, i), self.num_tiles - 1))
+        for i, tile in enumerate(tiles):
+            self._copy_tile(k, slot, within, i, tile)
 
     def _group(self, within: Any) -> Any:
         """The first group of this warpgroup's chunk of that number."""
@@ -253,8 +283,7 @@ class Stream:
         add = self._add_native if self.form == "native" else self._add_quantized
         totals = add(slot, totals)
         plgpu.commit_smem()  # all warps have read what the next copies replace
-        following = n + self.plan.stages
-        pl.when(following < self.total)(lambda: self.copy(following))
+        self._start(n + self.plan.stages)
         return totals
 
     def _add_native(self, slot: Any, totals: list[Any]) -> list[Any]:
@@ -321,6 +350,7 @@ class Stream:
         parity = lax.rem(jnp.int32(number), jnp.int32(2))
         target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
         target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
         plgpu.barrier_arrive(self.smem["left"].at[parity])
         plgpu.barrier_wait(self.smem["left"].at[parity])
 

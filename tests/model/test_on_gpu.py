@@ -8,6 +8,8 @@ import pytest
 
 from falcon_jax.config import PRESETS
 from falcon_jax.model import params as model_params
+from falcon_jax.model.cache import KVCache
+from falcon_jax.model.quantize import WEIGHTS
 from falcon_jax.model.step import ForwardOptions
 from pallas_kernels import compat
 from tests.pallas_kernels.tolerance import require_close
@@ -33,3 +35,32 @@ def test_logits_with_kernels_stay_within_twice_the_error_of_xla(name):
         return jax.jit(run)(jax.tree.map(lambda x: x.astype(dtype), params), ids)
 
     require_close(logits("mosaic", jnp.bfloat16), logits("xla", jnp.bfloat16), logits("xla", jnp.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("num_rows", [1, 20])
+def test_decoding_through_fused_stages_stays_within_twice_the_error_of_xla(name, weights, num_rows):
+    if (reason := compat.mosaic_reason()) is not None:
+        pytest.skip(reason)
+    config = dataclasses.replace(PRESETS[name], num_layers=2, vocab_size=512)
+    params = model_params.init(config, jax.random.key(0), jnp.bfloat16, weights=weights)
+    ids = jax.random.randint(jax.random.key(1), (num_rows, 65), 0, config.vocab_size)
+
+    def logits(stages, dtype):
+        def run(params, ids):
+            decoder = model_params.bind(config, params, ForwardOptions(stages=stages))
+            cache = KVCache.create(config, num_rows, 80, dtype)
+            _, cache = decoder(ids[:, :-1], cache=cache, cache_is_empty=True)
+            hidden, _ = decoder(ids[:, -1:], cache=cache)
+            return decoder.logits(hidden)
+
+        def cast(path, x):
+            is_few_bits = path[-1].key in ("values", "scales")
+            return x if is_few_bits else x.astype(dtype)
+
+        # The values that the weights stand for do not change with the dtype of what they are multiplied by.
+        return jax.jit(run)(jax.tree_util.tree_map_with_path(cast, params), ids)
+
+    require_close(logits(None, jnp.bfloat16), logits("xla", jnp.bfloat16), logits("xla", jnp.float32))

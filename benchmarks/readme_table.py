@@ -1,0 +1,213 @@
+"""Writes README's table of measured figures from the files in benchmarks/results/, so that neither can go its own way.
+
+A row is text with figures in braces: `{path}`, `{path:format}` with Python's format, or `{path*100:.0f}` and
+`{path/1e9:.1f}` for another unit. A path is the keys on the way through the row's file, joined by dots; an item of a
+list is named by its number, its "name", or its "case, kind".
+
+python benchmarks/readme_table.py
+python benchmarks/readme_table.py --check
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+README = REPOSITORY / "README.md"
+BEGIN = "<!-- benchmarks/readme_table.py writes what follows; edit its rows instead -->"
+END = "<!-- benchmarks/readme_table.py ends here -->"
+FIGURE = re.compile(r"\{(?P<path>[^{}:*/]+)(?:(?P<operation>[*/])(?P<factor>[0-9.e]+))?(?::(?P<format>[^{}]*))?\}")
+
+
+class ResultError(ValueError):
+    """A figure that its file does not hold, or a README without the place for the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; `file` names the document that its figures come from."""
+
+    what: str
+    ours: str
+    beside: str
+    file: str
+
+
+NANO = "falcon-nano-cpu.json"
+FALCON_7B = "falcon-7b-h100.json"
+CONVERT = "convert-falcon-7b.json"
+PREFILL = "kernels-prefill-h100.json"
+DECODE = "kernels-decode-h100.json"
+
+# Where a case of the kernels' files ends and its contestants begin.
+ALIBI = "cases.falcon-40b-alibi T=4096, forward.contestants"
+ALIBI_GRADIENTS = "cases.falcon-40b-alibi T=4096, forward + backward.contestants"
+ROPE = "cases.falcon-7b T=4096, forward.contestants"
+ROPE_GRADIENTS = "cases.falcon-7b T=4096, forward + backward.contestants"
+ALIBI_TOKEN = "cases.falcon-40b-alibi S=4096 B=1, decode.contestants"
+ROPE_TOKEN = "cases.falcon-7b S=4096 B=1, decode.contestants"
+GROUPED_ROWS = "cases.falcon-40b S=4096 B=16, decode.contestants"
+MULTI_HEAD_ROWS = "cases.falcon-rw-1b S=4096 B=16, decode.contestants"
+WITH_BIAS = "cuDNN, ALiBi as a bias of T x T"
+
+ROWS = (
+    Row(
+        "falcon-nano, {num_cores} CPU cores, {context_tokens} + {new_tokens} tokens, decode",
+        "{results.falcon_jax.decode_tokens_per_s:.0f} tokens/s",
+        "transformers {results.1.decode_tokens_per_s:.0f} (bf16), {results.2.decode_tokens_per_s:.0f} (f32)",
+        NANO,
+    ),
+    Row(
+        "falcon-7b shape, bf16, one H100, {context_tokens} + {new_tokens} tokens, decode",
+        "{results.falcon_jax.decode_tokens_per_s:.0f} tokens/s",
+        "transformers {results.transformers.decode_tokens_per_s:.0f}",
+        FALCON_7B,
+    ),
+    Row(
+        "the same, first token",
+        "{results.falcon_jax.first_token_ms:.0f} ms",
+        "transformers {results.transformers.first_token_ms:.0f} ms",
+        FALCON_7B,
+    ),
+    Row(
+        "converting falcon-7b's shape, {total_bytes/1e9:.1f} GB, {machine.cores} cores",
+        "{convert_s:.0f} s, {convert_peak_extra_bytes/1e9:.2f} GB of memory beyond the start",
+        "bound {convert_peak_extra_bound_bytes/1e9:.2f} GB",
+        CONVERT,
+    ),
+    Row(
+        "loading it, checksums verified, to CPU memory",
+        "{load_s:.0f} s",
+        "{rounds.1.read-kept.seconds:.0f} s to read the files into memory, {rounds.1.read.seconds:.1f} s to read and "
+        "drop them",
+        CONVERT,
+    ),
+    Row(
+        "attention of 4,096 tokens, falcon-40b-alibi's heads with ALiBi, one H100",
+        f"{{{ALIBI}.falcon_jax.us:.0f}} us ({{{ALIBI}.falcon_jax.tflops:.0f}} TFLOP/s)",
+        f"cuDNN {{{ALIBI}.cuDNN.us:.0f}} us without ALiBi, {{{ALIBI}.{WITH_BIAS}.us:.0f}} us with",
+        PREFILL,
+    ),
+    Row(
+        "the same with gradients",
+        f"{{{ALIBI_GRADIENTS}.falcon_jax.us:,.0f}} us",
+        f"cuDNN {{{ALIBI_GRADIENTS}.cuDNN.us:,.0f}} us without ALiBi, "
+        f"{{{ALIBI_GRADIENTS}.{WITH_BIAS}.us:,.0f}} us with",
+        PREFILL,
+    ),
+    Row(
+        "falcon-7b's heads (RoPE), 4,096 tokens, forward; with gradients",
+        f"{{{ROPE}.falcon_jax.us:.0f}} us; {{{ROPE_GRADIENTS}.falcon_jax.us:,.0f}} us",
+        f"cuDNN {{{ROPE}.cuDNN.us:.0f}} us; {{{ROPE_GRADIENTS}.cuDNN.us:,.0f}} us",
+        PREFILL,
+    ),
+    Row(
+        "attention of one new token after 4,096, one layer, falcon-40b-alibi; falcon-7b",
+        f"{{{ALIBI_TOKEN}.falcon_jax.us:.1f}} us; {{{ROPE_TOKEN}.falcon_jax.us:.1f}} us",
+        f"XLA {{{ALIBI_TOKEN}.XLA.us:.0f}} us; {{{ROPE_TOKEN}.XLA.us:.0f}} us, "
+        f"cuDNN {{{ALIBI_TOKEN}.cuDNN.us:.1f}} us (without ALiBi); {{{ROPE_TOKEN}.cuDNN.us:.1f}} us",
+        DECODE,
+    ),
+    Row(
+        "the same, 16 rows, falcon-40b; falcon-rw-1b: share of the read limit of {limit.read_bytes_per_s/1e12:.1f} "
+        "TB/s",
+        f"{{{GROUPED_ROWS}.falcon_jax.read_share*100:.0f}} %; {{{MULTI_HEAD_ROWS}.falcon_jax.read_share*100:.0f}} %",
+        f"XLA {{{GROUPED_ROWS}.XLA.read_share*100:.0f}} %; {{{MULTI_HEAD_ROWS}.XLA.read_share*100:.0f}} %, "
+        f"cuDNN {{{GROUPED_ROWS}.cuDNN.read_share*100:.0f}} %; {{{MULTI_HEAD_ROWS}.cuDNN.read_share*100:.0f}} %",
+        DECODE,
+    ),
+    Row(
+        "falcon-nano on ten unseen books, by `scripts/evaluate.py`",
+        "{results.0.bits_per_byte:.3f} bits per byte",
+        "",
+        "falcon-nano-validation.json",
+    ),
+)
+
+
+def table() -> str:
+    """The table in Markdown, without a line's end after it."""
+    lines = ["| what | falcon_jax | beside it | file in `benchmarks/results/` |", "|---|---|---|---|"]
+    for row in ROWS:
+        cells = [filled(cell, row.file) for cell in (row.what, row.ours, row.beside)] + [f"`{row.file}`"]
+        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
+    return "\n".join(lines)
+
+
+def filled(text: str, file: str) -> str:
+    """`text` with each figure in braces taken from the file."""
+    return FIGURE.sub(lambda figure: _formatted(figure, file), text)
+
+
+def _formatted(figure: re.Match[str], file: str) -> str:
+    value = _value(_read(RESULTS / file), figure["path"].split("."), f"{figure['path']} in {file}")
+    factor = float(figure["factor"] or 1)
+    if figure["operation"]:
+        value = value / factor if figure["operation"] == "/" else value * factor
+    return format(value, figure["format"] or "")
+
+
+def _value(node: Any, keys: list[str], said: str) -> Any:
+    for key in keys:
+        if isinstance(node, list):
+            found = [node[int(key)]] if key.isdigit() and int(key) < len(node) else _labelled(node, key)
+        else:
+            found = [node[key]] if isinstance(node, dict) and key in node else []
+        if len(found) != 1:
+            raise ResultError(f"{said}: {'no' if not found else 'more than one'} {key!r} there")
+        node = found[0]
+    if isinstance(node, (dict, list)) or node is None:
+        raise ResultError(f"{said}: that is {'null' if node is None else 'no single figure'}")
+    return node
+
+
+def _labelled(items: list[Any], key: str) -> list[Any]:
+    return [item for item in items if key in (item.get("name"), f"{item.get('case')}, {item.get('kind')}")]
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path.name} in benchmarks/results/ cannot be read: {error}") from None
+
+
+def rewritten(readme: str) -> str:
+    """The README's text with today's table between the two comments."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ResultError(f"{README.name} lacks the line {(END if begin else BEGIN)!r}")
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+
+
+def main(check: bool = False) -> int:
+    """Writes README's table of measured figures from benchmarks/results/.
+
+    Args:
+      check: writes nothing; the exit code is 1 if the table is out of date.
+    """
+    try:
+        old = README.read_text()
+        new = rewritten(old)
+    except (ResultError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if check and new != old:
+        print(f"{README.name} is out of date: run python benchmarks/readme_table.py", file=sys.stderr)
+        return 1
+    if new != old:
+        README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

@@ -1,0 +1,5 @@
+"""The output stage of a layer: products, residual and the norms that come next, in one."""
+
+from pallas_kernels.attention_norm.api import attention_norm
+
+__all__ = ["attention_norm"]

@@ -1,0 +1,108 @@
+"""A few tokens through fused stages: the same numbers as through plain layers, for every variant."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from falcon_jax.config import PRESETS, FalconConfig
+from falcon_jax.model import params as model_params
+from falcon_jax.model import stages
+from falcon_jax.model.cache import KVCache
+from falcon_jax.model.step import ForwardOptions, Step, spans
+from tests.models import VARIANTS, random_params, tiny
+from tests.pallas_kernels.interpreted import interpreted
+from tests.pallas_kernels.tolerance import require_close
+
+PROMPT = 5
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def prefilled(config, params, ids, cache, options=ForwardOptions()):
+    decoder = model_params.bind(config, params, options)
+    return decoder(ids, cache=cache, cache_is_empty=True)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def through_stages(config, params, cache, ids, num_tokens, implementation):
+    decoder = model_params.bind(config, params)
+    offsets, ends = spans(cache, *ids.shape, num_tokens)
+    step = Step.begin(config, ForwardOptions(), ids.shape[1], offsets, ends, cache)
+    return stages.run(decoder, decoder.embed(ids), step, cache, implementation)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def through_layers(config, params, cache, ids, num_tokens):
+    decoder = model_params.bind(config, params, ForwardOptions(stages="xla"))
+    hidden, cache = decoder(ids, cache=cache, num_tokens=num_tokens)
+    return hidden, list(zip(cache.keys, cache.values, strict=True))
+
+
+def start(config: FalconConfig, num_rows: int, num_columns: int, dtype, weights: str = "native"):
+    params = random_params(config) if weights == "native" else None
+    if params is None:
+        params = model_params.init(config, jax.random.key(0), dtype, weights=weights)
+    params = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 and weights == "native" else x, params)
+    ids = jax.random.randint(jax.random.key(2), (num_rows, PROMPT + num_columns), 0, config.vocab_size)
+    cache = prefilled(config, params, ids[:, :PROMPT], KVCache.create(config, num_rows, 16, dtype))
+    return params, cache, ids[:, PROMPT:]
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 4)], ids=["single tokens", "drafts"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stages_equal_the_layers(name, shape):
+    config = tiny(name)
+    params, cache, ids = start(config, *shape, jnp.float32)
+    num_tokens = jnp.asarray([shape[1]] * (shape[0] - 1) + [0])  # the last row has ended
+    made, kept = through_stages(config, params, cache, ids, num_tokens, "xla")
+    expected, expected_kept = through_layers(config, params, cache, ids, num_tokens)
+    living = slice(0, shape[0] - 1)
+    np.testing.assert_allclose(made[living], expected[living], atol=2e-5)
+    for some, others in zip(jax.tree.leaves(kept), jax.tree.leaves(expected_kept), strict=True):
+        np.testing.assert_allclose(some[living], others[living], atol=2e-5)
+
+
+def small(name: str) -> FalconConfig:
+    """A variant whose widths are multiples of 64, in one layer."""
+    heads = {"falcon-rw-1b": (2, 2), "falcon-7b": (3, 1), "falcon-40b": (4, 2), "falcon-40b-alibi": (2, 1)}[name]
+    size = 128 if name == "falcon-40b-alibi" else 64
+    return dataclasses.replace(
+        PRESETS[name],
+        num_layers=1,
+        vocab_size=64,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        width=heads[0] * size,
+        mlp_width=256,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("falcon-rw-1b", "native"), ("falcon-7b", "int4"), ("falcon-40b", "native"), ("falcon-40b-alibi", "int8")],
+)
+def test_kernels_stay_within_twice_the_error_of_xla(name, weights):
+    config = small(name)
+    params, cache, ids = start(config, 3, 1, jnp.bfloat16, weights)
+    num_tokens = jnp.ones(3, jnp.int32)
+    with interpreted():
+        made, _ = jax.block_until_ready(through_stages(config, params, cache, ids, num_tokens, "mosaic"))
+    plain, _ = through_stages(config, params, cache, ids, num_tokens, "xla")
+    in_float32 = jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 and x.ndim != 3 else x, (params, cache)
+    )
+    exact, _ = through_stages(config, *in_float32, ids, num_tokens, "xla")
+    require_close(made, plain, exact)
+
+
+def test_kernels_asked_for_by_name_are_used_or_refused():
+    config = tiny("falcon-7b")
+    params, cache, ids = start(config, 1, 1, jnp.float32)
+    decoder = model_params.bind(config, params, ForwardOptions(stages="mosaic"))
+    with pytest.raises(NotImplementedError, match="stages='mosaic' cannot run here: it needs a Hopper GPU"):
+        decoder(ids, cache=cache)
+    with pytest.raises(ValueError, match="stages='fast' is unknown"):
+        ForwardOptions(stages="fast")
