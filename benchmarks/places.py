@@ -1,11 +1,11 @@
 """Where something is measured: in this process, or in one of its own that leaves nothing behind.
 
 On a GPU what does not fit there together is measured one after the other, each in a process of its own. In one process
-the device's memory would not come back: JAX's allocator keeps what it took (`XLA_PYTHON_CLIENT_ALLOCATOR=platform`
-returns it, and then pays for one cudaMalloc and one cudaFree, for which the device must be idle, a buffer: 120 of them
-for the cache of a 60-layer model before its first token), PyTorch's keeps what CUDA graphs hold, and a crash would
-take everybody along. The price is half a minute of imports a model. The calling process keeps no more on the device
-than its CUDA context.
+the device's memory would not come back: JAX's allocator keeps what it took, PyTorch's what CUDA graphs hold, and a
+crash would take everybody along. (`XLA_PYTHON_CLIENT_ALLOCATOR=platform` returns memory, but then each buffer is a
+cudaMalloc and a cudaFree, which waits for the device: 120 of them for the cache of a 60-layer model, before its first
+token.) The price is that each process imports anew. The calling process keeps no more on the device than its CUDA
+context.
 
 Functions to be called are generators of picklable values that take `say`, at a module's top level.
 """
@@ -14,7 +14,7 @@ import contextlib
 import multiprocessing
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ def here(function: Callable[..., Iterator[Any]], *arguments: Any, say: Say) -> I
     yield from function(*arguments, say=say)
 
 
-def in_own_process(function: Callable[..., Iterator[Any]], *arguments: Any, say: Say) -> Iterator[Any]:
+def in_own_process(function: Callable[..., Iterator[Any]], *arguments: Any, say: Say) -> Generator[Any, None, None]:
     """In a fresh process, which is gone when the last value is there.
 
     Raises:

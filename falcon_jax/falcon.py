@@ -124,7 +124,8 @@ class Falcon:
             falcon-nano.
           dtype: of parameters, activations and cache: "bfloat16", "float32" or "float16".
           weights: of the blocks' projections: "native", the `dtype`; or "int8" (a scale for each output) or "int4" (a
-            scale for 128 inputs), stored so by `convert` or rounded while they are loaded.
+            scale for 128 inputs), stored so by `convert` or rounded while they are loaded, each to the nearest:
+            `convert` with calibration text keeps more of the model's quality.
           mesh: shards the parameters over it; None: the default device.
           memory_budget: the most that weights and cache may take on a device, in bytes or as in "68GiB".
             Weights and one row of the trained length must fit; requests get what is left.

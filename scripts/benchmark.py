@@ -2,7 +2,7 @@
 
 The limit comes first: what a decode step must read, and how fast this device reads that much. Then falcon_jax and the
 peer, plain and compiled, generate the same tokens in turns, and medians count. The last line on stdout is one JSON
-document. `--table seed` measures four rows of both 40B shapes instead; benchmarks/README.md says how long that takes.
+document. `--table seed` measures four rows of both 40B shapes instead; benchmarks/README.md shows it in parts.
 
 python scripts/benchmark.py --model falcon-7b --batch 1 --context 4000 --new-tokens 128 --peer hf --save falcon-7b
 python scripts/benchmark.py --table seed --save seed-h200

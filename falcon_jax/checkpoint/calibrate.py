@@ -59,12 +59,11 @@ def read_text(
 
     Raises:
       CheckpointError: the file cannot be read, is not UTF-8 or is empty; the folder has no tokenizer, or one with more
-        ids than the model.
-      ValueError: a number is not positive.
+        ids than the model; or a number is not positive.
     """
     for name, number in {"calibration_rows": max_rows, "calibration_row_tokens": max_row_tokens}.items():
         if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1")
+            raise CheckpointError(f"{name} is {number}; it must be at least 1")
     try:
         content = Path(path).expanduser().read_bytes()
         text = content.decode("utf-8")

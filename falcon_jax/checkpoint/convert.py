@@ -90,10 +90,10 @@ def convert(
 
     Raises:
       CheckpointError: the source cannot be read or is no Falcon of its config.json, or the destination holds
-        something else or has too little space; or there is calibration for native weights, or a text or tokenizer that
-        cannot be read.
+        something else or has too little space; or calibration is asked for with native weights, without a tokenizer, or
+        with a text that cannot be read.
       ConfigError: the source's config.json is none of a Falcon.
-      ValueError: an unknown dtype or kind of weights, or a number of calibration that is not positive.
+      ValueError: an unknown dtype or kind of weights.
     """
     quantize.require_weights(weights)
     if calibration is not None and weights == "native":
@@ -122,8 +122,7 @@ def convert(
     with Conversion(destination, settings, list(stored_shapes(plan.config, weights))) as work:
         _require_space(destination, _bytes_left(plan, tensors, cast, weights, work.finished))
         with _progress_bar(tensors, plan, work, progress) as bar:
-            of_layers = [] if text is None else [entry for entry in plan.entries if _layer_of(entry) is not None]
-            others = [entry for entry in plan.entries if entry not in of_layers]
+            others = [entry for entry in plan.entries if text is None or _layer_of(entry) is None]
             _convert_tensors(tensors, others, cast, weights, work, bar)
             if text is not None:
                 _convert_layers(tensors, plan, cast, text.token_ids, weights, work, bar)

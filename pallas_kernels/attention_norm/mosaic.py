@@ -42,6 +42,7 @@ from pallas_kernels.quantized_matmul.stream import (
     arrays_of,
     fitting_plan,
     form_of,
+    run,
     scratch,
 )
 
@@ -76,11 +77,22 @@ def default_plan(form: str, width: int, num_rows: int, num_norms: int, num_sms: 
     splits = 1
     while tiles * splits * 2 <= num_sms + num_sms // 8 and splits < 8 and num_rows <= 32:
         splits *= 2
-    per_block = -(-tiles // num_sms)
-    # Two blocks of a cluster fit each multiprocessor: so all run at once, wherever clusters find their place.
-    available = (compat.MAX_SMEM_BYTES if splits == 1 else compat.MAX_SMEM_BYTES // 2) - 2048
-    after = (per_block + num_norms) * num_rows * TILE * 2 + per_block * (2 * num_norms + 2) * TILE * 2
-    return fitting_plan(form, num_rows, available - after, width=per_block, splits=splits)
+    # Blocks of one cluster find their place wherever they may be: several fit each multiprocessor, so all run at once.
+    per_sm, most_warpgroups = (1, 4) if splits == 1 else (2, 2)
+    if form == "int4" and tiles * splits > num_sms and splits > 1 and num_rows <= 16:
+        # Multiprocessors with two blocks would take twice as long: int4 waits for arithmetic as well.
+        splits, per_sm, most_warpgroups = 2 * splits, 4, 1
+    at_once = -(-tiles // num_sms)
+    after = (at_once + num_norms) * num_rows * TILE * 2 + at_once * (2 * num_norms + 2) * TILE * 2
+    return fitting_plan(
+        form,
+        num_rows,
+        compat.MAX_SMEM_BYTES // per_sm - 2048 - after,
+        width=at_once,
+        splits=splits,
+        most_warpgroups=most_warpgroups,
+        producer=per_sm == 4,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "plan", "num_sms", "interpretable"))
@@ -114,7 +126,21 @@ def _launch(
 
     def body(*refs: Any, smem: dict[str, Any]) -> None:
         arrays = treedef.unflatten(refs[: len(given)]) | made_treedef.unflatten(refs[len(given) :])
-        _Block(settings, operands, arrays, smem).run()
+        warpgroup, block, split = (lax.axis_index(name) for name in ("warpgroup", "block", "split"))
+
+        def make(warpgroup: Any) -> Stream:
+            return Stream(
+                operands, arrays["xs"], arrays["weights"], smem, plan,
+                warpgroup=warpgroup,
+                block=(block, num_blocks),
+                share=(split * plan.warpgroups + warpgroup, plan.splits * plan.warpgroups),
+                interpretable=interpretable,
+            )  # fmt: skip
+
+        def consume(stream: Stream) -> None:
+            _Block(settings, arrays, smem, stream, (warpgroup, block, split)).run()
+
+        run(plan, warpgroup, make, consume)
 
     tile = functools.partial(plgpu.SMEM, dtype=residual.dtype)
     smem = scratch(operands[0], plan, num_rows) | {
@@ -134,7 +160,7 @@ def _launch(
     results = plgpu.kernel(
         body,
         out_type=made,
-        num_threads=plan.warpgroups,
+        num_threads=plan.num_threads,
         thread_name="warpgroup",
         kernel_name="attention_norm",
         compiler_params=parameters(interpretable),
@@ -165,17 +191,16 @@ class _Settings:
 class _Block:
     """One warpgroup's part in a block. The first does all that comes after the products."""
 
-    def __init__(self, settings: _Settings, operands: list[Operand], arrays: dict[str, Any], smem: dict[str, Any]):
-        self.settings, self.arrays, self.smem = settings, arrays, smem
-        plan = settings.plan
-        self.warpgroup, self.block, self.split = (lax.axis_index(name) for name in ("warpgroup", "block", "split"))
-        self.stream = Stream(
-            operands, arrays["xs"], arrays["weights"], smem, plan,
-            warpgroup=self.warpgroup,
-            block=(self.block, settings.num_blocks),
-            share=(self.split * plan.warpgroups + self.warpgroup, plan.splits * plan.warpgroups),
-            interpretable=settings.interpretable,
-        )  # fmt: skip
+    def __init__(
+        self,
+        settings: _Settings,
+        arrays: dict[str, Any],
+        smem: dict[str, Any],
+        stream: Stream,
+        place: tuple[Any, Any, Any],
+    ):
+        self.settings, self.arrays, self.smem, self.stream = settings, arrays, smem, stream
+        self.warpgroup, self.block, self.split = place
 
     def run(self) -> None:
         self.stream.begin()

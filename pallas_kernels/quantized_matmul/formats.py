@@ -191,9 +191,15 @@ def nearest_codes(groups: Float[Array, "P 128 O"], scales: Float[Array, "P O"]) 
     return jnp.clip(jnp.round(groups / scales.astype(jnp.float32)[:, None]), -8, 7)
 
 
-def best_scales(groups: Float[Array, "P 128 O"]) -> Float[Array, "P O"]:
+def best_scales(
+    groups: Float[Array, "P 128 O"], importance: Float[Array, "P 128"] | None = None
+) -> Float[Array, "P O"]:
     """Of each group, of 4 bits. They have a sign: the largest weight, whichever its own is, gets the code -8, which has
-    no opposite."""
+    no opposite.
+
+    Args:
+      importance: what the squared error of an input's weights counts; None: all the same.
+    """
     place = jnp.argmax(jnp.abs(groups), axis=1, keepdims=True)
     largest = jnp.take_along_axis(groups, place, axis=1)[:, 0]
     largest = jnp.where(largest == 0, -8.0, largest)
@@ -203,7 +209,8 @@ def best_scales(groups: Float[Array, "P 128 O"]) -> Float[Array, "P O"]:
         found, least = best
         scales = (largest / -8 * factors[step]).astype(jnp.bfloat16)
         difference = nearest_codes(groups, scales) * scales.astype(jnp.float32)[:, None] - groups
-        error = jnp.sum(difference * difference, axis=1)
+        weighed = difference * difference if importance is None else difference * difference * importance[..., None]
+        error = jnp.sum(weighed, axis=1)
         better = error < least
         return jnp.where(better, scales, found), jnp.where(better, error, least)
 

@@ -23,6 +23,7 @@ from pallas_kernels.quantized_matmul.stream import (
     arrays_of,
     fitting_plan,
     form_of,
+    run,
     scratch,
 )
 
@@ -34,8 +35,10 @@ def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> 
     """
     if plan is None:
         num_rows = products[0].x.shape[0]
-        after = 4 * num_rows * TILE * 2  # a tile of each warpgroup's, on its way out
-        plan = fitting_plan(form_of(products[0].weight), num_rows, compat.MAX_SMEM_BYTES - 1024 - after)
+        available = compat.MAX_SMEM_BYTES - 1024 - 4 * num_rows * TILE * 2  # tiles on their way out
+        form = form_of(products[0].weight)
+        # Of three forms int4 alone gains by a producer, a quarter: the rest waits for memory in any case.
+        plan = fitting_plan(form, num_rows, available, producer=form == "int4")
     return _launch(list(products), plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting())
 
 
@@ -55,17 +58,18 @@ def _launch(products: list[Product], *, plan: Plan, num_sms: int, interpretable:
         given, outs = treedef.unflatten(refs[: len(flat)]), refs[len(flat) :]
         xs, biases, weights = [g[0] for g in given], [g[1] for g in given], [g[2:] for g in given]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        stream = Stream(
-            operands, xs, weights, smem, plan,
-            warpgroup=warpgroup,
-            block=(block, num_blocks),
-            share=(warpgroup, plan.warpgroups),
-            interpretable=interpretable,
-        )  # fmt: skip
-        stream.begin()
-        own_smem = out_smem.at[warpgroup]
 
-        def finish(number: Any, tile: Any, k: int) -> None:
+        def make(warpgroup: Any) -> Stream:
+            return Stream(
+                operands, xs, weights, smem, plan,
+                warpgroup=warpgroup,
+                block=(block, num_blocks),
+                share=(warpgroup, plan.warpgroups),
+                interpretable=interpretable,
+            )  # fmt: skip
+
+        def finish(stream: Stream, number: Any, tile: Any, k: int) -> None:
+            own_smem = out_smem.at[warpgroup]
             y = stream.gathered(number).astype(own_smem.dtype)
             outputs = pl.ds((tile - operands[k].first_tile) * TILE, TILE)
             if biases[k] is not None:
@@ -79,26 +83,31 @@ def _launch(products: list[Product], *, plan: Plan, num_sms: int, interpretable:
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_smem, outs[k].at[:, outputs])
 
-        def take_turn(turn: Any, carry: None) -> None:
-            for i, partial in enumerate(stream.sums(turn)):
-                number, tile = turn * plan.width + i, stream.tile(turn, i)
-                stream.gather(number, partial)
+        def consume(stream: Stream) -> None:
+            stream.begin()
+
+            def take_turn(turn: Any, carry: None) -> None:
+                [partial] = stream.sums(turn)
+                tile = stream.tile(turn, 0)
+                stream.gather(turn, partial)
                 # Each in its turn, while the others go on.
-                is_mine = lax.rem(number, jnp.int32(plan.warpgroups)) == warpgroup
+                is_mine = lax.rem(turn, jnp.int32(plan.warpgroups)) == warpgroup
                 for k, operand in enumerate(operands):
                     is_own = (tile >= operand.first_tile) & (tile < operand.first_tile + operand.num_tiles)
-                    pl.when(is_mine & is_own)(functools.partial(finish, number, tile, k))
-            return carry
+                    pl.when(is_mine & is_own)(functools.partial(finish, stream, turn, tile, k))
+                return carry
 
-        lax.fori_loop(0, stream.num_turns, take_turn, None)
-        plgpu.wait_smem_to_gmem(0)
+            lax.fori_loop(0, stream.num_turns, take_turn, None)
+            plgpu.wait_smem_to_gmem(0)
+
+        run(plan, warpgroup, make, consume)
 
     return plgpu.kernel(
         body,
         out_type=out_types,
         grid=(num_blocks,),
         grid_names=("block",),
-        num_threads=plan.warpgroups,
+        num_threads=plan.num_threads,
         thread_name="warpgroup",
         kernel_name="project",
         compiler_params=parameters(interpretable),

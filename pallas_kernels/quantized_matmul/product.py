@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
 
 
 @jax.tree_util.register_dataclass
@@ -19,8 +18,8 @@ class Product:
     activation: None, or "gelu" (exact).
     """
 
-    x: Float[Array, "*rows I"]
+    x: Any
     weight: Any
     num_outputs: int = dataclasses.field(metadata={"static": True})
-    bias: Float[Array, " O"] | None = None
+    bias: Any = None
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})

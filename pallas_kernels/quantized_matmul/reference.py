@@ -19,7 +19,13 @@ def matmul_reference(x: Float[Array, "*rows I"], weight: QuantizedWeight, num_ou
 
 def matmul_xla(x: Float[Array, "*rows I"], weight: QuantizedWeight, num_outputs: int) -> Float[Array, "*rows O"]:
     """Codes in x's dtype, which holds them exactly, are the operands of one product (int8); weights rounded to x's
-    dtype are (int4), since a product for each group would keep all its sums."""
+    dtype are (int4), since a product for each group would keep all its sums.
+
+    A weight is unpacked when x is there and not before: XLA would else unpack those of many layers at once, and hold
+    a second model in memory.
+    """
+    x, values = lax.optimization_barrier((x, weight.values))
+    weight = QuantizedWeight(values, weight.scales)
     if weight.form == "int8":
         y = _product(x, unpack(weight.values), num_outputs) * weight.scales.reshape(-1)[:num_outputs]
     else:

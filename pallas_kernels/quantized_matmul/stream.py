@@ -19,7 +19,7 @@ Letters: I inputs, O outputs, R rows of x, a multiple of 8; the last may be anyt
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,7 @@ class Plan:
     warpgroups: of a block. stages: chunks that each has in flight.
     width: tiles of 64 outputs at once, which share what is read of x. groups: of 128 inputs, in a chunk.
     splits: blocks that share out the inputs.
+    producer: one more warpgroup, each of whose warps starts the copies of one of the others.
     """
 
     warpgroups: int = 4
@@ -54,6 +55,12 @@ class Plan:
     width: int = 1
     groups: int = 1
     splits: int = 1
+    producer: bool = False
+
+    @property
+    def num_threads(self) -> int:
+        """Warpgroups of a block, all of them."""
+        return self.warpgroups + self.producer
 
     def smem_bytes(self, form: str, num_rows: int) -> int:
         """Shared memory of a block, without what comes after the products."""
@@ -62,15 +69,21 @@ class Plan:
         return self.warpgroups * (self.stages * chunk + 2 * num_rows * TILE * 4)
 
 
-def fitting_plan(form: str, num_rows: int, smem_bytes: int, *, width: int = 1, splits: int = 1) -> Plan:
-    """The largest chunks of which every warpgroup holds two or more, by what was measured (benchmarks/LOG.md)."""
-    most_groups, most_warpgroups = {"native": (1, 3), "int8": (2, 4), "int4": (4, 4)}[form]
-    if splits > 1:
-        most_groups, most_warpgroups = min(most_groups, 2), 2
+def fitting_plan(
+    form: str, num_rows: int, smem_bytes: int, *, width: int = 1, splits: int = 1, most_warpgroups: int = 4,
+    producer: bool = False,
+) -> Plan:  # fmt: skip
+    """The largest chunks of which every warpgroup holds two or more, by what was measured (benchmarks/LOG.md).
+
+    Raises:
+      ValueError: nothing fits.
+    """
+    most_groups = {"native": 1, "int8": 2, "int4": 2 if producer or most_warpgroups == 2 else 4}[form]
+    most_warpgroups = min(most_warpgroups, 3 if form == "native" else 4)
     for groups in (4, 2, 1):
         for warpgroups in (most_warpgroups, 2, 1):
             for stages in (6, 5, 4, 3, 2):
-                plan = Plan(warpgroups, stages, width, groups, splits)
+                plan = Plan(warpgroups, stages, width, groups, splits, producer)
                 fits = plan.smem_bytes(form, num_rows) <= smem_bytes
                 if fits and groups <= most_groups and (warpgroups == most_warpgroups or groups == 1):
                     return plan
@@ -143,6 +156,8 @@ def scratch(operand: Operand, plan: Plan, num_rows: int) -> dict[str, Any]:
         "sums": plgpu.SMEM((parities, W, num_rows, TILE), jnp.float32),
         "left": plgpu.Barrier(num_arrivals=W, num_barriers=parities),
     }
+    if plan.producer:
+        buffers["empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=W * stages)
     if operand.form == "native":
         return buffers | {"weights": tiled(W, stages, width, groups * GROUP, TILE, dtype=jnp.bfloat16)}
     dtype, count = (jnp.float32, 1) if operand.form == "int8" else (jnp.bfloat16, groups)
@@ -202,9 +217,23 @@ class Stream:
         self.total = self.per_turn * self.num_turns
 
     def begin(self) -> None:
-        """Starts the first copies."""
-        for n in range(self.plan.stages):
-            self._start(jnp.int32(n))
+        """Starts the first copies, where the plan has no producer for them."""
+        if not self.plan.producer:
+            for n in range(self.plan.stages):
+                self._start(jnp.int32(n))
+
+    def produce(self) -> None:
+        """Starts all copies, as `warpgroup` empties its stages: what a warp of the producer does."""
+
+        def start(n: Any, carry: None) -> None:
+            slot = lax.rem(n, jnp.int32(self.plan.stages))
+            empty = self.smem["empty"].at[self.warpgroup * self.plan.stages + slot]
+            pl.when(n >= self.plan.stages)(lambda: plgpu.barrier_wait(empty))
+            pl.when(n < self.total)(lambda: self._copy(n))
+            return carry
+
+        # It stays until all is consumed: barriers want every phase seen.
+        lax.fori_loop(0, self.total + self.plan.stages, start, None)
 
     def _start(self, n: Any) -> None:
         """Starts the copies of this warpgroup's n-th chunk, if there is one: a warp does, the others go on."""
@@ -283,7 +312,10 @@ class Stream:
         add = self._add_native if self.form == "native" else self._add_quantized
         totals = add(slot, totals)
         plgpu.commit_smem()  # all warps have read what the next copies replace
-        self._start(n + self.plan.stages)
+        if self.plan.producer:
+            plgpu.barrier_arrive(self.smem["empty"].at[self.warpgroup * self.plan.stages + slot])
+        else:
+            self._start(n + self.plan.stages)
         return totals
 
     def _add_native(self, slot: Any, totals: list[Any]) -> list[Any]:
@@ -362,3 +394,20 @@ class Stream:
             for w in range(self.plan.warpgroups)
         ]
         return sum(parts[1:], parts[0])
+
+
+def run(plan: Plan, warpgroup: Any, make: Callable[[Any], Stream], consume: Callable[[Stream], None]) -> None:
+    """Splits a block's warpgroups into those that consume their stream and, where the plan has one, the producer.
+
+    make: the stream of a warpgroup that consumes.
+    """
+    if not plan.producer:
+        consume(make(warpgroup))
+        return
+    pl.when(warpgroup < plan.warpgroups)(lambda: consume(make(warpgroup)))
+
+    @pl.when(warpgroup == plan.warpgroups)
+    def _produce() -> None:
+        @plgpu.warp_map
+        def _warps(warp: Any) -> None:
+            pl.when(warp < plan.warpgroups)(lambda: make(warp).produce())

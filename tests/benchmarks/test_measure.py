@@ -148,7 +148,7 @@ def test_a_peak_that_the_workload_did_not_raise_bounds_it():
 
 
 def test_our_peak_is_the_process_s(monkeypatch):
-    runner = measure.Ours(models.tiny("falcon-7b"), None, "float32").load()
+    runner = measure.Ours(models.tiny("falcon-7b", num_layers=1), None, "float32").load()
     peaks = iter([5, 5, 5, 9])
     monkeypatch.setattr(measure.hardware, "peak_bytes", lambda: next(peaks))
     runner.begin()
@@ -182,10 +182,11 @@ def test_torch_s_memory_is_counted_for_each_model_by_itself(monkeypatch):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the device may be full of this process's arrays")
-def test_a_contestant_is_measured_in_another_process():
-    ours = measure.Ours(models.tiny("falcon-7b"), None, "float32", "int8")
+def test_a_contestant_is_measured_in_another_process(monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as conftest.py has it in this one
+    ours = measure.Ours(models.tiny("falcon-7b", num_layers=1), None, "float32")
     lines = []
-    case = measure.Case("tiny", Workload(1, 4, 2), repeats=1)
+    case = measure.Case("tiny", Workload(1, 4, 1), repeats=1)
     ((name, (result,)),) = measure.compete([[ours]], [case], places.in_own_process, lines.append)
-    assert name == "tiny" and result["weights"] == "int8" and len(result["runs_s"]) == 1
-    assert lines[0] == "falcon_jax float32 int8: loads" and lines[-1].startswith("falcon_jax float32 int8: first token")
+    assert name == "tiny" and result["name"] == "falcon_jax" and len(result["runs_s"]) == 1
+    assert lines[0] == "falcon_jax float32: loads" and lines[-1].startswith("falcon_jax float32: first token")

@@ -17,12 +17,12 @@ from tests.models import VARIANTS, random_params, tiny
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.tolerance import require_close
 
-PROMPT = 5
+PROMPT = 5  # tokens before
 
 
-@functools.partial(jax.jit, static_argnames=("config", "options"))
-def prefilled(config, params, ids, cache, options=ForwardOptions()):
-    decoder = model_params.bind(config, params, options)
+@functools.partial(jax.jit, static_argnames="config")
+def prefilled(config, params, ids, cache):
+    decoder = model_params.bind(config, params)
     return decoder(ids, cache=cache, cache_is_empty=True)[1]
 
 
@@ -51,8 +51,12 @@ def start(config: FalconConfig, num_rows: int, num_columns: int, dtype, weights:
     return params, cache, ids[:, PROMPT:]
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (2, 4)], ids=["single tokens", "drafts"])
-@pytest.mark.parametrize("name", VARIANTS)
+SINGLE, DRAFTS = (3, 1), (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, SINGLE) for name in VARIANTS] + [("falcon-rw-1b", DRAFTS), ("falcon-40b", DRAFTS)]
+)
 def test_stages_equal_the_layers(name, shape):
     config = tiny(name)
     params, cache, ids = start(config, *shape, jnp.float32)

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, shapes
+from pallas_kernels.attention_norm import attention_norm
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.mosaic import decode_mosaic
 from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
@@ -19,6 +20,7 @@ from pallas_kernels.flash_attention import attention
 from pallas_kernels.flash_attention.backward import backward
 from pallas_kernels.flash_attention.reference import attention_reference
 from pallas_kernels.flash_attention.tiles import padded_length
+from pallas_kernels.quantized_matmul import Product, project, quantized_matmul, storage
 from tests.pallas_kernels import hopper
 
 
@@ -316,3 +318,93 @@ def test_what_fails_is_reported_and_the_next_one_still_compiles(compiler):
     with pytest.raises(hopper.CompileError, match=r"ended with 7:\n(?s:.*)about to end"):
         compiler.compile(dies, array((3,)))
     assert compiler.compile(doubled, array((3,))).output_bytes == 12
+
+
+def few_bits(form: str, num_inputs: int, num_outputs: int) -> Any:
+    if form == "native":
+        return array((num_inputs, num_outputs), "bfloat16")
+    return storage(form, num_inputs, num_outputs)
+
+
+WIDTHS = {"falcon-40b-alibi": (8192, (8192, 128, 128), 32768), "falcon-7b": (4544, (4544, 64, 64), 18176)}
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "num_rows"),
+    [
+        ("falcon-40b-alibi", "int8", 8),
+        ("falcon-40b-alibi", "int4", 8),
+        ("falcon-7b", "native", 16),
+        ("falcon-7b", "int4", 64),
+    ],
+)
+def test_stages_of_a_layer_are_one_launch_each_without_spills(compiler, name, form, num_rows):
+    width, heads, mlp_width = WIDTHS[name]
+    x, hidden = array((num_rows, width), "bfloat16"), array((num_rows, mlp_width), "bfloat16")
+    outputs = (*heads, mlp_width)
+    products = [Product(x, few_bits(form, width, size), size) for size in outputs[:-1]]
+    products.append(Product(x, few_bits(form, width, mlp_width), mlp_width, None, "gelu"))
+    report = compiler.compile(project, products)
+    require_no_problems(report)
+    assert report.launches == ("mosaic_gpu_v2",) and report.temp_bytes <= SLACK_BYTES
+
+    weights = [few_bits(form, heads[0], width), few_bits(form, mlp_width, width)]
+    column, counter = array((width,), "bfloat16"), array((1,), "int32")
+    report = compiler.compile(
+        attention_norm,
+        [array((num_rows, heads[0]), "bfloat16"), hidden],
+        weights,
+        x,
+        [(column, column)],
+        epsilon=1e-5,
+        counter=counter,
+    )
+    require_no_problems(report)
+    # The counter is the caller's, who keeps it here, and so is copied.
+    assert report.launches == ("copy", "mosaic_gpu_v2")
+    # Parts of sums of blocks that share out a tile, and two numbers a row and tile.
+    assert report.temp_bytes <= 4 * num_rows * width * 4 + SLACK_BYTES * num_rows
+    require_that_all_blocks_run_at_once(report.kernels[0])
+
+
+def require_that_all_blocks_run_at_once(kernel: hopper.Kernel) -> None:
+    """Blocks wait for one another: where one had to wait for a place, all would for ever."""
+    registers = -(-kernel.registers // 8) * 8 * kernel.num_threads
+    of_a_multiprocessor = min(
+        hopper.REGISTERS_PER_BLOCK // registers,
+        (compat.MAX_SMEM_BYTES + 1024) // (kernel.shared_memory_bytes + 1024),
+        2048 // kernel.num_threads,
+    )
+    assert kernel.num_blocks <= of_a_multiprocessor * compat.NUM_SMS
+
+
+@pytest.mark.parametrize("num_rows", [8, 32])
+@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@pytest.mark.parametrize("width", [2048, 4544])
+def test_all_blocks_of_narrow_output_stages_run_at_once(compiler, width, form, num_rows):
+    report = compiler.compile(
+        attention_norm,
+        [array((num_rows, width), "bfloat16")],
+        [few_bits(form, width, width)],
+        array((num_rows, width), "bfloat16"),
+        [(array((width,), "bfloat16"), array((width,), "bfloat16"))],
+        epsilon=1e-5,
+        counter=array((1,), "int32"),
+    )
+    require_no_problems(report)
+    require_that_all_blocks_run_at_once(report.kernels[0])
+
+
+def prompt_through_few_bits(x, weights):
+    """Layers of products, as a prompt goes through them."""
+    for up, down in weights:
+        x = x + quantized_matmul(quantized_matmul(x, up, 8192), down, 2048)
+    return x
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_prompts_unpack_one_weight_at_a_time(compiler, form):
+    weights = [(few_bits(form, 2048, 8192), few_bits(form, 8192, 2048)) for _ in range(6)]
+    report = compiler.compile(prompt_through_few_bits, array((512, 2048), "bfloat16"), weights)
+    one_weight, activations = 2 * 2048 * 8192, 2 * 512 * (2048 + 8192)
+    assert report.temp_bytes <= 1.5 * one_weight + 4 * activations

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, shapes
+from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm.reference import attention_norm_reference
 from pallas_kernels.decode_attention import decode_attention, mosaic
 from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention import attention
+from pallas_kernels.quantized_matmul import quantize
 from tests.pallas_kernels.tolerance import allowed, error, require_close
 
 # Queries of which the reference is made: all of a long prompt's would need an array of scores.
@@ -195,3 +198,43 @@ def test_a_thousand_decode_launches_with_fresh_inputs(model):
         return jnp.maximum(worst, ours / allowed(plain))  # NaN stays NaN
 
     assert float(jax.jit(lambda: jax.lax.fori_loop(0, 1000, launch, jnp.float32(0)))()) <= 1
+
+
+# Stages of a few rows
+
+
+@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@pytest.mark.parametrize(("width", "heads", "mlp_width"), [(8192, 8192, 32768), (4544, 4544, 18176)], ids=str)
+def test_ten_thousand_output_stages_give_the_same_bits(width, heads, mlp_width, form):
+    def normal(seed: int, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
+
+    def weight(seed: int, size: int):
+        w = normal(seed, size, width) * size**-0.5
+        return w if form == "native" else quantize(w, form)
+
+    xs, weights = [normal(0, 8, heads), normal(1, 8, mlp_width)], [weight(2, heads), weight(3, mlp_width)]
+    residual, norms = normal(4, 8, width), [(normal(5, width), normal(6, width))]
+
+    @jax.jit
+    def repeat(xs, weights, residual, norms):
+        stage = functools.partial(attention_norm, xs, weights, residual, norms, epsilon=1e-5, implementation="mosaic")
+        first, (first_normed,), counter = stage()
+
+        def again(_, carry):
+            num_wrong, counter = carry
+            out, (normed,), counter = stage(counter=counter)
+            return num_wrong + (jnp.any(out != first) | jnp.any(normed != first_normed)), counter
+
+        num_wrong, _ = jax.lax.fori_loop(0, 10_000, again, (jnp.int32(0), counter))
+        return first, first_normed, num_wrong
+
+    out, normed, num_wrong = repeat(xs, weights, residual, norms)
+    assert num_wrong == 0
+    plain_out, (plain_normed,), _ = attention_norm(xs, weights, residual, norms, epsilon=1e-5, implementation="xla")
+    in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), (xs, residual, norms))
+    exact_out, (exact_normed,) = attention_norm_reference(
+        in_float32[0], weights, [], in_float32[1], in_float32[2], 1e-5
+    )
+    require_close(out, plain_out, exact_out)
+    require_close(normed, plain_normed, exact_normed)

@@ -31,7 +31,7 @@ def script():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    hf_models.save_model(hf_models.make_model(hf_models.tiny_config("falcon-40b-alibi")), folder)
+    hf_models.save_model(hf_models.make_model(hf_models.tiny_config("falcon-40b-alibi", num_hidden_layers=1)), folder)
     return folder
 
 
@@ -104,7 +104,7 @@ def test_last_line_says_limit_ours_peers_and_machine(call, folder, results):
 
 @pytest.mark.parametrize("weights", ["native", "int4"])
 def test_random_weights_and_no_peer(call, monkeypatch, weights):
-    tiny = models.tiny("falcon-7b")
+    tiny = models.tiny("falcon-7b", num_layers=1)
     monkeypatch.setitem(PRESETS, "tiny-7b", tiny)
     code, text, _ = call("--model", "tiny-7b", "--peer", "none", "--weights", weights, *small())
     document = json.loads(text.splitlines()[-1])
@@ -126,7 +126,7 @@ def table(document: dict) -> dict[tuple[str, str, str], dict]:
 def tiny_table(monkeypatch, *arguments: str) -> list[str]:
     """The arguments of the seed table on models of its own two names, tiny."""
     for name in seed_table.MODELS:
-        monkeypatch.setitem(PRESETS, name, models.tiny(name))
+        monkeypatch.setitem(PRESETS, name, models.tiny(name, num_layers=1))
     small_rows = ["--scale", "0.004", "--new-tokens", str(NEW_TOKENS), "--repeats", "1", "--dtype", "float32"]
     return ["--table", "seed", *small_rows, *arguments]
 
@@ -221,7 +221,10 @@ def test_peer_with_random_weights_is_made_on_its_device_in_its_dtype():
 
 def test_compiled_peer_begins_each_workload_anew(monkeypatch):
     monkeypatch.setattr(peers, "COMPILE", {"backend": "eager", "mode": None})
-    (runner,) = (one.load() for one in peers.transformers(models.tiny("falcon-7b"), None, "float32", [peers.COMPILED]))
+    (runner,) = (
+        one.load()
+        for one in peers.transformers(models.tiny("falcon-7b", num_layers=1), None, "float32", [peers.COMPILED])
+    )
     assert isinstance(runner, peers.TransformersRunner)
     runner.begin()
     runner.run(np.ones((2, 8), np.int32), NEW_TOKENS)
@@ -232,7 +235,7 @@ def test_compiled_peer_begins_each_workload_anew(monkeypatch):
 
 def test_no_contestant_stops_at_an_end_of_text_token():
     """Every id ends the text here, and yet all tokens are made: `run` raises where some are missing."""
-    tiny = models.tiny("falcon-7b", eos_token_ids=tuple(range(hf_models.TINY_VOCAB_SIZE)))
+    tiny = models.tiny("falcon-7b", num_layers=1, eos_token_ids=tuple(range(hf_models.TINY_VOCAB_SIZE)))
     measure.Ours(tiny, None, "float32").load().run(np.ones((1, 4), np.int32), NEW_TOKENS)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from falcon_jax.checkpoint import load
+from falcon_jax.checkpoint import convert, load
 from falcon_jax.model import params as model_params
 from falcon_jax.train.data import read_texts
 from falcon_jax.train.evaluation import evaluate
@@ -65,6 +65,29 @@ def test_every_length_is_measured_by_both_protocols_and_the_last_line_is_json(ca
         score.record()
         for score in evaluate(config, params, split, [(16, 16), (80, 80), (80, 16)], dtype="float32", progress=False)
     ]
+
+
+def test_weights_of_few_bits_are_measured_as_they_are_stored_and_rounded_while_loading(call, model, corpus, tmp_path):
+    text = corpus / "valid" / "0.txt"
+    for calibration in (None, corpus / "train" / "0.txt"):
+        convert(model, tmp_path / f"{calibration is None}", weights="int4", calibration=calibration, progress=False)
+    found = {}
+    for name, folder, weights in [
+        ("native", model, "native"),
+        ("rounded", model, "int4"),
+        ("stored", tmp_path / "True", "int4"),
+        ("calibrated", tmp_path / "False", "int4"),
+    ]:
+        options = ("--weights", weights, "--lengths", 16, "--dtype", "float32", "--quiet")
+        code, out, errors = call(folder, text, *options)
+        assert (code, errors) == (0, ""), name
+        document = json.loads(out.splitlines()[-1])
+        assert (document["weights"], document["calibrated"]) == (weights, name == "calibrated")
+        found[name] = document["results"][0]["nats_per_token"]
+    assert found["rounded"] == found["stored"]
+    assert len(set(found.values())) == 3
+    code, _, errors = call(tmp_path / "True", text, "--quiet")
+    assert code == 2 and "holds int4 weights, and weights='native' was asked for" in errors
 
 
 def test_progress_goes_to_stderr(call, model, corpus):

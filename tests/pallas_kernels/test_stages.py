@@ -1,0 +1,161 @@
+"""The input and the output stage: kernels interpreted with race detection, and XLA's form, against float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
+from pallas_kernels.attention_norm.reference import attention_norm_reference, attention_norm_xla
+from pallas_kernels.quantized_matmul import Product, project, quantize, quantized_matmul
+from pallas_kernels.quantized_matmul.mosaic import gelu, project_mosaic
+from pallas_kernels.quantized_matmul.reference import matmul_reference
+from pallas_kernels.quantized_matmul.stream import Plan, fitting_plan
+from tests.pallas_kernels.interpreted import interpreted
+from tests.pallas_kernels.tolerance import require_close
+
+FORMS = ("native", "int8", "int4")
+
+
+def normal(seed: int, *shape: int, dtype="bfloat16") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
+
+
+def weight(seed: int, num_inputs: int, num_outputs: int, form: str):
+    w = normal(seed, num_inputs, num_outputs) * num_inputs**-0.5
+    return w if form == "native" else quantize(w, form)
+
+
+def product_reference(product: Product) -> jax.Array:
+    """In float32, from end to end."""
+    x, w = product.x.astype(jnp.float32), product.weight
+    if isinstance(w, jax.Array):
+        y = jnp.matmul(x, w.astype(jnp.float32), precision="highest")
+    else:
+        y = matmul_reference(x, w, product.num_outputs)
+    if product.bias is not None:
+        y += product.bias.astype(jnp.float32)
+    return jax.nn.gelu(y, approximate=False) if product.activation else y
+
+
+# Form, inputs, outputs of each product, rows, plan: several turns of a block, chunks past the end, more warpgroups.
+INPUT_STAGES = [
+    ("native", 256, (64, 128), 8, Plan(2, 2)),
+    ("native", 192, (128, 192), 8, Plan(3, 2)),
+    ("int8", 320, (64, 64), 16, Plan(1, 2, groups=2)),
+    ("int8", 256, (192,), 8, Plan(2, 3, producer=True)),
+    ("int4", 512, (128, 64, 192), 8, Plan(2, 2, groups=2, producer=True)),
+]
+
+
+@pytest.mark.parametrize(("form", "num_inputs", "outputs", "num_rows", "plan"), INPUT_STAGES)
+def test_input_stage(form, num_inputs, outputs, num_rows, plan):
+    products = [
+        Product(
+            # Two norms, two inputs.
+            normal(10 + i % 2, num_rows, num_inputs),
+            weight(20 + i, num_inputs, num_outputs, form),
+            num_outputs,
+            normal(30 + i, num_outputs) if i == 1 else None,
+            "gelu" if i == len(outputs) - 1 else None,
+        )
+        for i, num_outputs in enumerate(outputs)
+    ]
+    with interpreted():
+        made = jax.block_until_ready(project_mosaic(products, plan=plan))
+    plain = project(products, implementation="xla")
+    for some, other, product in zip(made, plain, products, strict=True):
+        require_close(some, other, product_reference(product))
+
+
+# Form, inputs of each product, width, rows, norms, biases, blocks that run at once, plan.
+OUTPUT_STAGES = [
+    ("native", (128, 256), 128, 8, 2, 0, 2, Plan(2, 2)),
+    ("native", (256,), 128, 8, 1, 1, 4, Plan(2, 2, splits=2)),
+    ("int8", (256,), 192, 16, 1, 1, 2, Plan(1, 2, width=2)),
+    ("int4", (256, 512), 256, 8, 1, 0, 4, Plan(2, 2, groups=2, producer=True)),
+    ("int4", (192, 320), 192, 8, 2, 0, 4, Plan(1, 3, width=2, splits=2, producer=True)),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes", "width", "num_rows", "num_norms", "num_biases", "num_sms", "plan"), OUTPUT_STAGES
+)
+def test_output_stage(monkeypatch, form, sizes, width, num_rows, num_norms, num_biases, num_sms, plan):
+    monkeypatch.setattr(compat, "num_sms", lambda mesh=None: num_sms)
+    xs = [normal(i, num_rows, size) for i, size in enumerate(sizes)]
+    weights = [weight(10 + i, size, width, form) for i, size in enumerate(sizes)]
+    biases = [normal(20 + i, width) for i in range(num_biases)]
+    # Rows far from zero: a variance that cancels would show.
+    residual = normal(30, num_rows, width) + jnp.arange(num_rows, dtype=jnp.bfloat16)[:, None] * 8
+    norms = [(normal(40 + i, width), normal(50 + i, width)) for i in range(num_norms)]
+    with interpreted():
+        out, normed, _ = attention_norm_mosaic(
+            xs, weights, biases, residual, norms, jnp.zeros(1, jnp.int32), epsilon=1e-5, plan=plan
+        )
+        jax.block_until_ready(normed)
+    arguments = (xs, weights, biases, residual, norms, 1e-5)
+    plain_out, plain_normed = attention_norm_xla(*arguments)
+    in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), (xs, biases, residual, norms))
+    exact_out, exact_normed = attention_norm_reference(
+        in_float32[0], weights, in_float32[1], in_float32[2], in_float32[3], 1e-5
+    )
+    require_close(out, plain_out, exact_out)
+    for some, other, exact in zip(normed, plain_normed, exact_normed, strict=True):
+        require_close(some, other, exact)
+
+
+def test_calls_of_any_rows_go_through_eights():
+    x, w = normal(0, 3, 1, 128), weight(1, 128, 64, "int4")
+    with interpreted():
+        made = jax.block_until_ready(quantized_matmul(x, w, 64, implementation="mosaic"))
+        out, normed, _ = attention_norm(
+            [x], [w], normal(2, 3, 1, 64), [(normal(3, 64), normal(4, 64))], epsilon=1e-5, implementation="mosaic"
+        )
+        jax.block_until_ready(normed)
+    assert made.shape == out.shape == normed[0].shape == (3, 1, 64)
+    require_close(made, quantized_matmul(x, w, 64), matmul_reference(x.astype(jnp.float32), w, 64))
+
+
+def test_gelu_is_exact():
+    x = jnp.linspace(-12, 12, 10001, dtype=jnp.float32)
+    np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_rows", [8, 16, 32, 64])
+@pytest.mark.parametrize("form", FORMS)
+def test_default_plans_fit_the_hardware(form, num_rows):
+    for width, splits, available in ((1, 1, 220), (2, 1, 200), (1, 2, 104)):
+        if splits > 1 and num_rows > 32:
+            continue
+        plan = fitting_plan(form, num_rows, available * 1024, width=width, splits=splits)
+        assert plan.smem_bytes(form, num_rows) <= available * 1024
+        assert plan.num_threads * 128 <= 1024 and plan.stages >= 2
+    with pytest.raises(ValueError, match="do not fit 1000 bytes"):
+        fitting_plan(form, num_rows, 1000)
+
+
+def test_what_does_not_fit_is_refused():
+    x, w = normal(0, 8, 128), weight(1, 128, 64, "native")
+    norm = (normal(3, 64), normal(4, 64))
+    call = functools.partial(attention_norm, [x], [w], normal(2, 8, 64), epsilon=1e-5)
+    with pytest.raises(NotImplementedError, match="it needs a Hopper GPU"):
+        call([norm], implementation="mosaic")
+    with pytest.raises(ValueError, match="at least one norm"):
+        call([])
+    with pytest.raises(ValueError, match=r"a weight \(128, 64\) does not fit x \(8, 128\) and 65 outputs"):
+        project([Product(x, w, 65)])
+    with compat.assume_capability(compat.HOPPER):
+        for product, reason in [
+            (Product(x.astype(jnp.float32), w.astype(jnp.float32), 64), "it takes bfloat16"),
+            (Product(normal(0, 65, 128), w, 64), "it takes 1 to 64 rows, not 65"),
+            (Product(normal(0, 8, 100), normal(1, 100, 64), 64), "multiples of 64 inputs"),
+        ]:
+            with pytest.raises(NotImplementedError, match=reason):
+                project([product], implementation="mosaic")
+        with pytest.raises(NotImplementedError, match="one form"):
+            project([Product(x, w, 64), Product(x, quantize(w, "int8"), 64)], implementation="mosaic")
