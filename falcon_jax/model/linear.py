@@ -73,7 +73,7 @@ class Linear(nnx.Module):
         if isinstance(self.weight, Quantized):
             product = quantized_matmul(x, self.weight.arrays(), math.prod(self.outputs))
         else:
-            product = multiply(x, self.matrix())
+            product = multiply(x, self._native_matrix())
         product = product.reshape(*leading, *self.outputs)
         return product + self.bias[...] if hasattr(self, "bias") else product
 
@@ -81,6 +81,9 @@ class Linear(nnx.Module):
         """The weight as kernels take it."""
         if isinstance(self.weight, Quantized):
             return self.weight.arrays()
+        return self._native_matrix()
+
+    def _native_matrix(self) -> Float[Array, "I O"]:
         return self.weight[...].reshape(math.prod(self.inputs), math.prod(self.outputs))
 
     def product(self, x: Float[Array, "R I"], activation: str | None = None) -> Product:

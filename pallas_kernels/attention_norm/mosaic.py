@@ -248,7 +248,7 @@ class _Block:
             y = self.stream.gathered(i)
         else:
             parts = [_load(self.arrays["partial"].at[self.block, i, j], ROWS) for j in range(settings.plan.splits)]
-            y = sum(parts[1:], parts[0])
+            y: Any = sum(parts[1:], parts[0])
         if i == 0:
             plgpu.barrier_wait(self.smem["ready"])
         for j in range(settings.num_biases):
@@ -366,7 +366,7 @@ def _meet(counter: Any, block: Any, num_blocks: int) -> None:
             mgpu.utils.inline_ptx(ptx, address, increment, has_side_effects=True)
         mgpu.warpgroup_barrier()
 
-    emit(counter, jnp.int32(block))
+    emit(counter, jnp.int32(block))  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
 
 
 def _signed(x: int) -> int:

@@ -29,7 +29,7 @@ def prefilled(config, params, ids, cache):
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))
 def through_stages(config, params, cache, ids, num_tokens, implementation):
     decoder = model_params.bind(config, params)
-    offsets, ends = spans(cache, *ids.shape, num_tokens)
+    offsets, ends = spans(cache, ids.shape[0], ids.shape[1], num_tokens)
     step = Step.begin(config, ForwardOptions(), ids.shape[1], offsets, ends, cache)
     return stages.run(decoder, decoder.embed(ids), step, cache, implementation)
 
@@ -37,8 +37,9 @@ def through_stages(config, params, cache, ids, num_tokens, implementation):
 @functools.partial(jax.jit, static_argnames="config")
 def through_layers(config, params, cache, ids, num_tokens):
     decoder = model_params.bind(config, params, ForwardOptions(stages="xla"))
-    hidden, cache = decoder(ids, cache=cache, num_tokens=num_tokens)
-    return hidden, list(zip(cache.keys, cache.values, strict=True))
+    hidden, filled = decoder(ids, cache=cache, num_tokens=num_tokens)
+    assert filled is not None
+    return hidden, list(zip(filled.keys, filled.values, strict=True))
 
 
 def start(config: FalconConfig, num_rows: int, num_columns: int, dtype, weights: str = "native"):
@@ -59,7 +60,7 @@ SINGLE, DRAFTS = (3, 1), (2, 4)
 )
 def test_stages_equal_the_layers(name, shape):
     config = tiny(name)
-    params, cache, ids = start(config, *shape, jnp.float32)
+    params, cache, ids = start(config, shape[0], shape[1], jnp.float32)
     num_tokens = jnp.asarray([shape[1]] * (shape[0] - 1) + [0])  # the last row has ended
     made, kept = through_stages(config, params, cache, ids, num_tokens, "xla")
     expected, expected_kept = through_layers(config, params, cache, ids, num_tokens)

@@ -1,0 +1,188 @@
+"""Layers of a model without their attention, few rows at a time, as loops that decoding would run: ours and XLA's.
+
+A program is a chain of layers, each with weights of its own, so that launches follow one another as in decoding and no
+weight is still in the second-level cache. One program has output stages alone, the other input stages as well; the
+input stage's time is the difference.
+
+The trap: a program's first round records its graph anew and every round costs the host some 36 us (kernel_decode.py):
+hence many layers in a round, and many rounds.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from benchmarks.kernel_turns import Entry, Group, Program, prepare
+from falcon_jax.config import FalconConfig
+from pallas_kernels import compat
+from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm.reference import attention_norm_reference
+from pallas_kernels.quantized_matmul import Product, project, quantize
+
+OURS, PLAIN = "ours", "XLA"
+PARTS = ("output", "both")
+# What the weights of a chain take: far more than a second-level cache.
+CHAIN_BYTES = {"cpu": 2**20, "gpu": 2 * 2**30}
+MAX_LAYERS, MIN_LAYERS = 24, 2
+SECONDS = {"cpu": 0.01, "gpu": 0.05}  # that a program takes, roughly
+GUESSED_BYTES_PER_S = {"cpu": 5e9, "gpu": 4e12}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageCase:
+    """One kind of layer: a model's, with its weights in one form, and so many rows."""
+
+    name: str
+    config: FalconConfig
+    weights: str
+    num_rows: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.weights} R={self.num_rows}"
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """Of each projection of the input stage."""
+        heads = {"query": self.config.num_heads, "key": self.config.num_kv_heads, "value": self.config.num_kv_heads}
+        return {name: count * self.config.head_dim for name, count in heads.items()} | {"up": self.config.mlp_width}
+
+    def layer(self, key: Array) -> dict[str, Any]:
+        """Random weights of one layer."""
+        D, attended = self.config.width, self.outputs["query"]
+        sizes = {name: (D, size) for name, size in self.outputs.items()}
+        sizes |= {"output": (attended, D), "down": (self.config.mlp_width, D)}
+        return {
+            name: _weight(jax.random.fold_in(key, i), *size, self.weights)
+            for i, (name, size) in enumerate(sizes.items())
+        }
+
+    def bytes_of(self, layer: dict[str, Any], part: str) -> int:
+        """Bytes of weights that a layer reads."""
+        names = ("output", "down") if part == "output" else tuple(layer)
+        return sum(array.nbytes for name in names for array in jax.tree.leaves(layer[name]))
+
+
+@functools.partial(jax.jit, static_argnames=("num_inputs", "num_outputs", "form"))
+def _weight(key: Array, num_inputs: int, num_outputs: int, form: str) -> Any:
+    w = (jax.random.normal(key, (num_inputs, num_outputs), jnp.float32) * num_inputs**-0.5).astype(jnp.bfloat16)
+    return w if form == "native" else quantize(w, form)
+
+
+def run_layer(case: StageCase, part: str, implementation: str, weights: dict[str, Any], carry: Any, fixed: Any) -> Any:
+    """One layer: carry is (residual, normed, hidden, counter), fixed is (attention's result, norm)."""
+    residual, normed, hidden, counter = carry
+    attended, norm = fixed
+
+    def inputs(names: Sequence[str], x: Array) -> list[Array]:
+        products = [
+            Product(x, weights[name], case.outputs[name], None, "gelu" if name == "up" else None) for name in names
+        ]
+        return project(products, implementation=implementation)
+
+    def finish(xs: list[Array], names: list[str], residual: Array, counter: Array) -> Any:
+        return attention_norm(
+            xs, [weights[name] for name in names], residual, [norm],
+            epsilon=case.config.norm_epsilon, counter=counter, implementation=implementation,
+        )  # fmt: skip
+
+    both = part == "both"
+    if case.config.block == "parallel":
+        if both:
+            *_, hidden = inputs(list(case.outputs), normed)
+        residual, (normed,), counter = finish([attended, hidden], ["output", "down"], residual, counter)
+        return residual, normed, hidden, counter
+    first = inputs(["query", "key", "value"], normed) if both else []
+    # What nobody reads is not computed: a number of each keeps XLA from leaving it out.
+    attended = attended + sum((y[:, :1] * 0 for y in first), jnp.zeros((), attended.dtype))
+    residual, (normed,), counter = finish([attended], ["output"], residual, counter)
+    if both:
+        (hidden,) = inputs(["up"], normed)
+    residual, (normed,), counter = finish([hidden], ["down"], residual, counter)
+    return residual, normed, hidden, counter
+
+
+def contestants(case: StageCase) -> tuple[list[Entry], dict[str, int]]:
+    """Compiled and, over one layer, compared with float32; and what each program runs: layers, and bytes a layer."""
+    backend = jax.default_backend()
+    key = jax.random.key(0)
+    first = case.layer(key)
+    num_layers = max(
+        MIN_LAYERS, min(MAX_LAYERS, math.ceil(CHAIN_BYTES.get(backend, 2**30) / case.bytes_of(first, "both")))
+    )
+    layers = [first, *(case.layer(jax.random.fold_in(key, 100 + i)) for i in range(num_layers - 1))]
+    guessed = case.bytes_of(first, "both") * num_layers / GUESSED_BYTES_PER_S.get(backend, 1e12)
+    num_rounds = max(1, round(SECONDS.get(backend, 0.05) / guessed))
+    carry, fixed = _activations(case)
+
+    def chain(part: str, implementation: str, layers: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
+        def one_round(_: Any, carry: Any) -> Any:
+            for weights in layers:
+                carry = run_layer(case, part, implementation, weights, carry, fixed)
+            return carry
+
+        return tuple(jax.lax.fori_loop(0, num_rounds, one_round, carry))
+
+    def one_layer(implementation: str, weights: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
+        return tuple(run_layer(case, "both", implementation, weights, carry, fixed)[:2])
+
+    def exact(weights: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
+        return _exact_layer(case, weights, carry, fixed)
+
+    reason = _reason_against_ours()
+    chains, checks = [], []
+    for name, implementation in ((OURS, "mosaic"), (PLAIN, "xla")):
+        refused = reason if name == OURS else None
+        for part in PARTS:
+            function = functools.partial(chain, part, implementation)
+            chains.append(Program(f"{name}, {part}", function, (layers, carry, fixed), name == OURS, 0, refused))
+        function = functools.partial(one_layer, implementation)
+        checks.append(Program(f"{name}, one layer", function, (first, carry, fixed), name == OURS, 2, refused))
+    reference = Program("float32", exact, (first, carry, fixed))
+    entries = prepare(Group([*checks, *chains], reference, f"{PLAIN}, one layer"))
+    sizes = {part: case.bytes_of(first, part) for part in PARTS}
+    return entries, {"layers": num_layers * num_rounds, **sizes}
+
+
+def _activations(case: StageCase) -> tuple[Any, Any]:
+    D = case.config.width
+
+    def normal(seed: int, *shape: int) -> Array:
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
+
+    rows = case.num_rows
+    carry = normal(0, rows, D), normal(1, rows, D), normal(2, rows, case.config.mlp_width), jnp.zeros(1, jnp.int32)
+    return carry, (normal(3, rows, case.outputs["query"]), (normal(4, D), normal(5, D)))
+
+
+def _exact_layer(case: StageCase, weights: dict[str, Any], carry: Any, fixed: Any) -> tuple[Any, ...]:
+    """A layer in float32 from end to end: the residual and its norm."""
+    residual, normed, attended = (x.astype(jnp.float32) for x in (carry[0], carry[1], fixed[0]))
+    norm, epsilon = fixed[1], case.config.norm_epsilon
+
+    def up(x: Array) -> Array:
+        product = Product(x, _in_float32(weights["up"]), case.outputs["up"], None, "gelu")
+        return project([product], implementation="xla")[0]
+
+    def finish(xs: list[Array], names: list[str], residual: Array) -> Any:
+        return attention_norm_reference(xs, [weights[name] for name in names], [], residual, [norm], epsilon)
+
+    if case.config.block == "parallel":
+        residual, (normed,) = finish([attended, up(normed)], ["output", "down"], residual)
+        return residual, normed
+    residual, (normed,) = finish([attended], ["output"], residual)
+    residual, (normed,) = finish([up(normed)], ["down"], residual)
+    return residual, normed
+
+
+def _in_float32(weight: Any) -> Any:
+    return weight.astype(jnp.float32) if isinstance(weight, jax.Array) else weight
+
+
+def _reason_against_ours() -> str | None:
+    return compat.mosaic_reason()

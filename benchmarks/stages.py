@@ -1,0 +1,144 @@
+"""Times the fused stages of decoding beside the read limit and XLA's own, in one run.
+
+What is measured: one layer's input and output stage, without attention (kernel_stages.py). Each is checked against
+float32 before it is timed, and a wrong one gets no figure. Progress goes to stderr, a table to stdout, and the last
+line is one JSON document. The exit code is 1 if one of ours was wrong or failed.
+
+python benchmarks/stages.py --save stages-h200
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+REPOSITORY = Path(__file__).parents[1]
+READ_BYTES = {"cpu": 2**28, "gpu": 2**31}  # more than any cache holds
+NUM_TURNS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    models: tuple[str, ...] = ("falcon-40b-alibi", "falcon-40b", "falcon-7b", "falcon-rw-1b")
+    """Presets."""
+    weights: tuple[str, ...] = ("native", "int8", "int4")
+    """Forms of the weights."""
+    rows: tuple[int, ...] = (8, 16)
+    """Rows at once; the kernels take eight at a time."""
+    save: str | None = None
+    """Also writes the document to benchmarks/results/SAVE.json, anew after each case."""
+
+
+def main(arguments: Arguments) -> dict[str, Any]:
+    check(arguments)
+    import jax
+
+    from benchmarks import hardware, kernel_stages, kernel_turns
+    from falcon_jax.config import PRESETS
+
+    limit = hardware.read_bandwidth(READ_BYTES.get(jax.default_backend(), 2**30))
+    print(f"limit: this device reads {limit / 1e12:.3f} TB/s", flush=True)
+    document: dict[str, Any] = {"benchmark": "stages", "limit": {"read_bytes_per_s": limit}, "cases": []}
+    document |= hardware.describe()
+    document["command"] = shlex.join(["python", "benchmarks/stages.py", *sys.argv[1:]])
+    for name in arguments.models:
+        for weights in arguments.weights:
+            for num_rows in arguments.rows:
+                case = kernel_stages.StageCase(name, PRESETS[name], weights, num_rows)
+                print(str(case), file=sys.stderr, flush=True)
+                entries, sizes = kernel_stages.contestants(case)
+                kernel_turns.take_turns([entry for entry in entries if "one layer" not in entry.name], NUM_TURNS)
+                document["cases"].append(result := report(case, entries, sizes, limit))
+                print(*lines(result), sep="\n", flush=True)
+                if arguments.save is not None:
+                    path = REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json"
+                    path.write_text(json.dumps(document, indent=2) + "\n")
+    return document
+
+
+def check(arguments: Arguments) -> None:
+    from falcon_jax.config import PRESETS
+    from falcon_jax.errors import RequestError
+    from falcon_jax.model.quantize import WEIGHTS
+
+    for flag, given, known in (("models", arguments.models, PRESETS), ("weights", arguments.weights, WEIGHTS)):
+        for value in given:
+            if value not in known:
+                raise RequestError(f"--{flag} {value} is unknown; known are {', '.join(known)}")
+    if any(not 1 <= rows <= 64 for rows in arguments.rows):
+        raise RequestError(f"--rows is {arguments.rows}; each must be from 1 to 64")
+    if arguments.save is not None and Path(arguments.save).name != arguments.save:
+        raise RequestError(f"--save is {arguments.save!r}; it must be a name, without a folder")
+
+
+def report(case: Any, entries: list[Any], sizes: dict[str, int], limit: float) -> dict[str, Any]:
+    """A case as it stands in the document: microseconds a layer, and the share of the read limit."""
+    results = []
+    for entry in entries:
+        result = {"name": entry.name, "reason": entry.reason, "failed": entry.failed, "error": entry.error}
+        if entry.seconds is not None:
+            seconds = entry.seconds / sizes["layers"]
+            num_bytes = sizes[entry.name.split(", ")[1]]
+            result |= {"us": seconds * 1e6, "share_of_read_limit": num_bytes / seconds / limit}
+        results.append(result)
+    by_name = {result["name"]: result for result in results}
+    for name in ("ours", "XLA"):
+        both, output = (by_name[f"{name}, {part}"].get("us") for part in ("both", "output"))
+        if both and output and both > output:
+            us, num_bytes = both - output, sizes["both"] - sizes["output"]
+            results.append({"name": f"{name}, input", "us": us, "share_of_read_limit": num_bytes / us * 1e6 / limit})
+    return {"case": str(case), "bytes": {part: sizes[part] for part in ("output", "both")}, "results": results}
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    made = [result["case"]]
+    for row in result["results"]:
+        if "us" in row:
+            made.append(f"  {row['name']:14} {row['us']:8.1f} us  {row['share_of_read_limit']:6.1%} of the read limit")
+        elif row["reason"]:
+            made.append(f"  {row['name']:14} {row['reason']}")
+    return made
+
+
+def failures(document: dict[str, Any]) -> list[str]:
+    """What of ours should have run and did not, or was wrong."""
+    return [
+        f"{case['case']}: {row['name']}: {row['reason']}"
+        for case in document["cases"]
+        for row in case["results"]
+        if row["name"].startswith("ours") and row.get("failed")
+    ]
+
+
+def run() -> int:
+    """The exit code: 0 done, 1 one of ours wrong or failed, 2 not to be done, 130 interrupted, 141 nobody reads on."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    sys.path.insert(0, str(REPOSITORY))  # for `benchmarks`, which no wheel holds
+    from falcon_jax.errors import USER_ERRORS, one_line
+
+    try:
+        document = main(arguments)
+        print(json.dumps(document), flush=True)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit, into a pipe that is gone.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except USER_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    for failure in failures(document):
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures(document) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,44 @@
+"""The benchmark of fused stages, on a CPU, where XLA's form alone runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import kernel_stages, stages
+from falcon_jax.config import PRESETS
+from falcon_jax.errors import RequestError
+
+
+def test_a_run_ends_with_a_document_and_says_why_ours_cannot_run():
+    command = [sys.executable, "benchmarks/stages.py", "--models", "falcon-nano", "--weights", "int4", "--rows", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    [case] = document["cases"]
+    rows = {row["name"]: row for row in case["results"]}
+    assert case["case"] == "falcon-nano int4 R=8"
+    assert rows["XLA, one layer"]["error"] <= 0.51  # half of what is allowed: it is the measure itself
+    assert rows["XLA, both"]["us"] > 0 and "Hopper" in rows["ours, both"]["reason"]
+
+
+@pytest.mark.parametrize("name", ["falcon-rw-1b", "falcon-7b"])
+def test_a_layer_reads_all_of_its_projections(name):
+    config = PRESETS[name]
+    case = kernel_stages.StageCase(name, config, "native", 8)
+    assert case.outputs["query"] == config.num_heads * config.head_dim
+    arrays = {"output": 2, "down": 3, "up": 5}
+    layer = {key: kernel_stages.jnp.zeros((size,), "int8") for key, size in arrays.items()}
+    assert case.bytes_of(layer, "output") == 5 and case.bytes_of(layer, "both") == 10
+
+
+def test_bad_arguments_are_named():
+    for changes, message in [
+        ({"models": ("falcon",)}, "--models falcon is unknown"),
+        ({"weights": ("int3",)}, "--weights int3 is unknown"),
+        ({"rows": (65,)}, "from 1 to 64"),
+        ({"save": "a/b"}, "without a folder"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            stages.check(stages.Arguments(**changes))
