@@ -46,6 +46,11 @@ CONVERT = "convert-falcon-7b.json"
 PREFILL = "kernels-prefill-h100.json"
 DECODE = "kernels-decode-h100.json"
 
+STEPS = "decode-h200.json"
+
+# Whole models: one run of each form.
+BF16, BF16_XLA = "runs.1.results.2", "runs.1.results.3"
+INT4, INT4_ROWS = "runs.0.results.0", "runs.0.results.2"
 # Where a case of the kernels' files ends and its contestants begin.
 ALIBI = "cases.falcon-40b-alibi T=4096, forward.contestants"
 ALIBI_GRADIENTS = "cases.falcon-40b-alibi T=4096, forward + backward.contestants"
@@ -122,6 +127,25 @@ ROWS = (
         f"XLA {{{GROUPED_ROWS}.XLA.read_share*100:.0f}} %; {{{MULTI_HEAD_ROWS}.XLA.read_share*100:.0f}} %, "
         f"cuDNN {{{GROUPED_ROWS}.cuDNN.read_share*100:.0f}} %; {{{MULTI_HEAD_ROWS}.cuDNN.read_share*100:.0f}} %",
         DECODE,
+    ),
+    Row(
+        "falcon-40b-alibi's shape in bf16, one H200, 4,000 tokens before: decode, share of the read limit",
+        f"{{{BF16}.decode_tokens_per_s:.1f}} tokens/s, {{{BF16}.share_of_read_limit*100:.1f}} %",
+        f"ours with XLA's products {{{BF16_XLA}.decode_tokens_per_s:.1f}}, {{{BF16_XLA}.share_of_read_limit*100:.1f}} %",
+        STEPS,
+    ),
+    Row(
+        "the same with weights of 4 bits, one row; 16 rows",
+        f"{{{INT4}.decode_tokens_per_s:.0f}}; {{{INT4_ROWS}.decode_tokens_per_s:,.0f}} tokens/s",
+        "",
+        STEPS,
+    ),
+    Row(
+        "its fused output stage with the norm, up to 8 rows, bf16; int8; int4: share of the read limit",
+        "{runs.0.results.16.share_of_read_limit*100:.0f} %; {runs.1.results.7.share_of_read_limit*100:.0f} %; "
+        "{runs.1.results.0.share_of_read_limit*100:.0f} %",
+        "",
+        "stages-h200.json",
     ),
     Row(
         "falcon-nano on ten unseen books, by `scripts/evaluate.py`",

@@ -58,12 +58,17 @@ class Arguments:
     """Most tokens of prompt and continuation; 8 times the trained length, at least 32768, if left out."""
     full_text: bool = False
     """Prints the prompt's text before its continuation."""
+    compilation_cache: Annotated[str | None, tyro.conf.arg(metavar="PATH|off")] = None
+    """Folder that keeps compiled programs for the next run; falcon_jax/xla in the user's cache folder if left out."""
     json: bool = False
     """Prints one JSON document: text, token ids, log probabilities, finish reason, steps, timing."""
 
 
 def main(arguments: Arguments) -> None:
     prompt = read_prompt(arguments)
+    from falcon_jax.commands import use_compilation_cache
+
+    use_compilation_cache(arguments.compilation_cache)
     from falcon_jax import Falcon  # late: --help and a missing prompt need not wait for JAX
 
     begin = time.perf_counter()

@@ -1,0 +1,66 @@
+"""What the commands in scripts/ share at their start. Not for programs that use the library.
+
+Owns the settings of JAX that hold for a whole process, which a library must leave to its caller: nothing else in
+falcon_jax sets one, or imports this. The trap: JAX looks at them when it first compiles, so they come before that.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Entries that were not read for longest go first. A program takes 2 kB to some MB: this holds hundreds of models' ones.
+# With a limit JAX also locks the folder to read and to write, so that no process reads what another has half written.
+MAX_CACHE_BYTES = 2 * 2**30
+
+
+def use_compilation_cache(choice: str | None = None) -> None:
+    """Keeps compiled programs, and on a GPU what XLA found by autotuning, for the next process.
+
+    A folder that cannot be written is one warning on stderr, and everything is compiled as without a cache.
+
+    Args:
+      choice: a folder, or "off"; None: falcon_jax/xla in the user's cache folder, unless JAX has been given one by
+        JAX_COMPILATION_CACHE_DIR, whose settings stand.
+    """
+    import jax  # late, so that a command can import this module for its --help
+
+    if choice == "off":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    if choice is None and jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder = default_folder() if choice is None else Path(choice).expanduser().absolute()
+        _require_writable(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        print(f"warning: compiled programs are not kept for the next run: {error}", file=sys.stderr)
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
+    # JAX keeps by default what took a second. A start compiles about ten programs of less than that each.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # XLA's own choices of matrix kernels, which otherwise differ from run to run and take most of a GPU's compilation.
+    # Not "all": the kernel cache is one file, which processes would write at the same time.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
+
+
+def default_folder() -> Path:
+    """Where compiled programs are kept unless the user says otherwise.
+
+    Raises:
+      RuntimeError: there is no XDG_CACHE_HOME, and the user has no home.
+    """
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification of these variables has programs pass over a relative path.
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "falcon_jax" / "xla"
+
+
+def _require_writable(folder: Path) -> None:
+    # Private: who can write here can have this user's processes run anything.
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Permissions alone do not tell of a read-only disk, and say nothing to root.
+    with tempfile.TemporaryFile(dir=folder):
+        pass
