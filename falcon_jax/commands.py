@@ -4,10 +4,24 @@ Owns the settings of JAX that hold for a whole process, which a library must lea
 falcon_jax sets one, or imports this. The trap: JAX looks at them when it first compiles, so they come before that.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import jax
+
+from falcon_jax.checkpoint import manifest
+from falcon_jax.config import FalconConfig
+from falcon_jax.generate.engine import Engine
+from falcon_jax.generate.sampling import Sampling
+from falcon_jax.model import params
+from falcon_jax.model.step import ForwardOptions
+from falcon_jax.tokenizer import Tokenizer
 
 # Entries that were not read for longest go first. A program takes 2 kB to some MB: this holds hundreds of models' ones.
 # With a limit JAX also locks the folder to read and to write, so that no process reads what another has half written.
@@ -23,8 +37,6 @@ def use_compilation_cache(choice: str | None = None) -> None:
       choice: a folder, or "off"; None: falcon_jax/xla in the user's cache folder, unless JAX has been given one by
         JAX_COMPILATION_CACHE_DIR, whose settings stand.
     """
-    import jax  # late, so that a command can import this module for its --help
-
     if choice == "off":
         jax.config.update("jax_compilation_cache_dir", None)
         return
@@ -64,3 +76,57 @@ def _require_writable(folder: Path) -> None:
     # Permissions alone do not tell of a read-only disk, and say nothing to root.
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+class CompileAhead:
+    """Compiles programs in threads while the caller does something else, such as to read weights.
+
+    Args:
+      programs: called in a thread; makes what is to be compiled, in the order of its use. An error here or in a
+        compilation is not raised: it comes again, and is said, when the caller does the same in earnest.
+    """
+
+    def __init__(self, programs: Callable[[], Iterable[jax.stages.Lowered]]):
+        # One thread traces, which Python allows to one at a time; a generation has two programs that take long.
+        self._pool = ThreadPoolExecutor(max_workers=3)
+        self._compiled = self._pool.submit(lambda: [self._pool.submit(program.compile) for program in programs()])
+
+    def wait(self, all_but: int = 0) -> None:
+        """Blocks until all programs but the last `all_but` are there. A program called earlier is compiled twice."""
+        with contextlib.suppress(Exception):
+            compiled = self._compiled.result()
+            for future in compiled[: len(compiled) - all_but]:
+                future.result()
+
+    def __enter__(self) -> "CompileAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives up what has not begun. The process ends only after what has."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def generation_programs(
+    folder: Path, prompt: str, *, dtype: str, alibi: str, max_cache_tokens: int | None, **request: Any
+) -> Iterator[jax.stages.Lowered]:
+    """What continues `prompt` with the model in `folder` on one device, from the folder's small files alone.
+
+    Args:
+      dtype, alibi, max_cache_tokens: as for Falcon.from_checkpoint.
+      request: max_new_tokens and whatever else Falcon.generate is given.
+    """
+    config = manifest.Manifest.read(folder).config if manifest.is_converted(folder) else FalconConfig.from_hf(folder)
+    layout = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    described = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), params.abstract(config, dtype)
+    )
+    engine = Engine(config, described, ForwardOptions(alibi=alibi), max_cache_tokens=max_cache_tokens)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = Sampling(**{name: request[name] for name in names if name in request})
+    yield from engine.lower_ahead(
+        len(Tokenizer.from_folder(folder).encode(prompt)),
+        request["max_new_tokens"],
+        sampling,
+        request.get("num_samples", 1),
+        request.get("speculate", 0),
+    )

@@ -12,7 +12,7 @@ Letters: B batch, T query tokens, S cache length, D width, V vocabulary, E end-o
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +249,52 @@ class Engine:
             max_cache_tokens=self.max_cache_tokens,
             max_cache_bytes=self.max_cache_bytes,
         )
+
+    def lower_ahead(
+        self, longest_prompt: int, max_new_tokens: int, sampling: Sampling, num_samples: int = 1, num_drafted: int = 0
+    ) -> Iterator[jax.stages.Lowered]:
+        """The programs of a run of one prompt in the order of its calls, from shapes alone: `params` may be abstract.
+
+        Each that is compiled is there already when `start` calls it with arrays that lie as the shapes say. On one
+        device; the last program is the one that decodes.
+
+        Raises:
+          RequestError: as `start`.
+        """
+        self.check(longest_prompt, 1, num_samples, max_new_tokens, num_drafted)
+        sizes, capacity = self._plan(longest_prompt, 1, max_new_tokens)
+        config, static, kind = self.model.config, {"model": self.model}, sampling.kind
+        shape = jax.ShapeDtypeStruct
+        on_device = jax.tree.leaves(self.params)[0].sharding
+
+        def results(lowered: jax.stages.Lowered):
+            return jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype, sharding=on_device), lowered.out_info)
+
+        # What is made without parameters is tied to no device, which to JAX is another program's argument.
+        cache = jax.eval_shape(lambda: KVCache.create(config, 1, capacity, self.dtype))
+        last, lengths = shape((1, config.width), self.dtype), shape((1,), jnp.int32)
+        for size, is_first in dict.fromkeys((size, index == 0) for index, size in enumerate(sizes)):
+            begin = (self.params, shape((1, size), jnp.int32), np.int32(0), lengths, cache, last)
+            yield (lowered := prefill.lower(*begin, **static, is_first=is_first))
+            cache, last = results(lowered)
+        if num_samples > 1:
+            yield (lowered := repeat_rows.lower(cache, last, **static, num_copies=num_samples))
+            cache, last = results(lowered)
+        keys = None if kind.greedy else jax.eval_shape(lambda: row_keys(0, 1, num_samples))
+        seen = shape((num_samples, config.vocab_size), jnp.bool) if kind.repetition else None
+        fixed = (sampling.values, self.eos_token_ids)
+        yield (lowered := first_token.lower(self.params, last, cache.lengths, keys, seen, *fixed, **static, kind=kind))
+        if max_new_tokens == 1:
+            return
+        seen, first = results(lowered)
+        history = jax.eval_shape(lambda: jnp.zeros((num_samples, capacity), jnp.int32)) if num_drafted else None
+        begin = (self.params, DecodeState(cache, cache.lengths, first.done, seen, history), np.int32(0))
+        done, left = np.zeros(num_samples, bool), np.zeros(num_samples, np.int32)
+        if num_drafted:
+            static |= {"num_drafted": num_drafted}
+            yield decode_drafted.lower(*begin, done, left, keys, *fixed, **static, kind=kind)
+        else:
+            yield decode.lower(*begin, done, keys, *fixed, **static, kind=kind)
 
     def _plan(self, longest_prompt: int, num_prompts: int, max_new_tokens: int) -> tuple[list[int], int]:
         """The sizes of the prefill calls, and the cache's capacity."""

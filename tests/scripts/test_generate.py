@@ -34,7 +34,8 @@ def call(script, folder, monkeypatch, capfd):
     """Runs the script in this process; returns its exit code, stdout and stderr."""
 
     def run(*arguments: str, stdin: bytes = b"", model: str | None = str(folder)) -> tuple[int, str, str]:
-        options = [] if model is None else ["--model", model]
+        # A cache would last beyond the test, and stay switched on in this process.
+        options = ["--compilation-cache", "off", *([] if model is None else ["--model", model])]
         monkeypatch.setattr(sys, "argv", ["generate.py", *arguments, *options])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with warnings.catch_warnings():  # the script replaces showwarning
@@ -66,7 +67,7 @@ def test_json_is_one_document_with_everything(call):
     for completion in document["completions"]:
         assert len(completion["token_ids"]) == len(completion["logprobs"]) <= 12
         assert completion["finish_reason"] in ("stop", "length") and isinstance(completion["text"], str)
-    assert {"load_s", "generate_s", "num_tokens", "tokens_per_s"} <= document["timing"].keys()
+    assert {"import_s", "load_s", "compile_s", "generate_s", "num_tokens", "tokens_per_s"} <= document["timing"].keys()
     # The same seed again, streamed.
     assert call("The sea", *flags)[1] == document["completions"][0]["text"] + "\n"
 
@@ -154,6 +155,7 @@ def test_interrupt_is_quiet(call, script, monkeypatch):
 
 def test_reader_that_goes_away_is_no_error(folder):
     command = [sys.executable, str(SCRIPT), "The sea", "--model", str(folder), "--max-new-tokens", "40"]
+    command += ["--compilation-cache", "off"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=SCRIPT.parents[1])
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()

@@ -1,0 +1,160 @@
+"""falcon_jax.commands: the cache of compiled programs by default, its switch, and compiling while weights are read."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from falcon_jax import commands
+
+ROOT = Path(__file__).parents[2]
+
+# Compiles ahead what each request needs, then serves it; prints the names of what was compiled before and after.
+# In a process of its own: the annotations that tests check take arrays alone, and here shapes stand for them.
+AHEAD = """
+import json
+import jax
+from falcon_jax import Falcon, commands
+from falcon_jax.falcon import BUNDLED_MODEL
+
+jax.config.update("jax_disable_most_optimizations", True)
+names = []
+
+def note(event, _, *, fun_name="", **__):
+    if event == "/jax/core/compile/backend_compile_duration":
+        names.append(fun_name)
+
+how = {"dtype": "float32", "alibi": "float32", "max_cache_tokens": None}
+model = Falcon.from_checkpoint(**how)
+jax.monitoring.register_event_duration_secs_listener(note)
+for num_words, request in json.loads(input()):
+    prompt = "sea" + " sea" * (num_words - 1)
+    jax.clear_caches()
+    names.clear()
+    with commands.CompileAhead(lambda: commands.generation_programs(BUNDLED_MODEL, prompt, **how, **request)) as ahead:
+        ahead.wait()
+        before = list(names)
+    names.clear()
+    model.generate(prompt, **request)
+    print(json.dumps([before, names]))
+"""
+
+
+def run(*command: object, environment: dict[str, str] | None = None, text: str = "") -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.run(
+        arguments, input=text, capture_output=True, text=True, cwd=ROOT, env=inherited | (environment or {})
+    )
+
+
+def generate(cache_home: Path, *options: object) -> subprocess.CompletedProcess:
+    """The command in a process of its own, whose user keeps caches in `cache_home`."""
+    flags = ["--max-new-tokens", "3", "--json", *options]
+    result = run("scripts/generate.py", "The sea", *flags, environment={"XDG_CACHE_HOME": str(cache_home)})
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def completions(result: subprocess.CompletedProcess) -> list:
+    return json.loads(result.stdout)["completions"]
+
+
+def test_second_process_reads_what_the_first_compiled(tmp_path):
+    first = generate(tmp_path)
+    folder = tmp_path / "falcon_jax" / "xla"
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-cache")}
+    assert {"jit_prefill", "jit_first_token", "jit_decode"} <= {name.partition("-")[0] for name in kept}
+    assert folder.stat().st_mode & 0o077 == 0  # whoever may write there can run code as this user
+    read = {path: path.read_bytes() for path in folder.glob("*-atime")}
+    second = generate(tmp_path)
+    assert completions(second) == completions(first) and second.stderr == ""
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*-cache")} == kept
+    assert len(read) == len(kept) and all(path.read_bytes() > moment for path, moment in read.items())
+
+
+def test_off_keeps_nothing(tmp_path):
+    generate(tmp_path, "--compilation-cache", "off")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").touch()
+    result = generate(tmp_path, "--compilation-cache", tmp_path / "file" / "cache")
+    assert completions(result)[0]["token_ids"]
+    assert result.stderr.startswith("warning: compiled programs are not kept for the next run: ")
+    assert result.stderr.count("\n") == 1 and str(tmp_path / "file") in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_programs_compiled_ahead_are_those_that_run():
+    requests = [
+        (5, {"max_new_tokens": 40}),
+        (5, {"max_new_tokens": 1}),
+        # Two kinds of prefill calls, and a program more for the copies.
+        (1100, {"max_new_tokens": 2, "num_samples": 2, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1}),
+        (5, {"max_new_tokens": 40, "speculate": 4, "repetition_penalty": 1.1}),
+    ]
+    result = run("-c", AHEAD, text=json.dumps(requests))
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    first, copies = ["jit(prefill)", "jit(first_token)"], ["jit(prefill)", "jit(prefill)", "jit(repeat_rows)"]
+    assert [sorted(before) for before, _ in lines] == [
+        sorted([*first, "jit(decode)"]),
+        sorted(first),
+        sorted([*copies, "jit(first_token)", "jit(decode)"]),
+        sorted([*first, "jit(decode_drafted)"]),
+    ]
+    assert not {name for before, _ in lines for name in before} & {name for _, after in lines for name in after}
+
+
+def test_caller_waits_for_the_programs_that_it_needs():
+    last, compiled = threading.Event(), []
+    programs = [
+        SimpleNamespace(compile=lambda: compiled.append("first")),
+        SimpleNamespace(compile=lambda: last.wait() and compiled.append("last")),
+    ]
+    with commands.CompileAhead(lambda: programs) as ahead:
+        ahead.wait(all_but=1)
+        assert compiled == ["first"]
+        last.set()
+        ahead.wait()
+        assert compiled == ["first", "last"]
+
+
+def test_what_goes_wrong_ahead_is_left_to_the_call_itself():
+    def programs():
+        raise ValueError("no such model")
+
+    with commands.CompileAhead(programs) as ahead:
+        ahead.wait()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"XDG_CACHE_HOME": "/caches", "HOME": "/home/user"}, "/caches/falcon_jax/xla"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/home/user"}, "/home/user/.cache/falcon_jax/xla"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/home/user"}, "/home/user/.cache/falcon_jax/xla"),
+    ],
+)
+def test_default_folder_is_in_the_users_cache(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert commands.default_folder() == Path(expected)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["x", "--no-such-flag"], ["x", "--file", "y"]])
+def test_help_and_wrong_arguments_do_not_wait_for_jax(arguments):
+    code = (
+        f"import runpy, sys; sys.argv = ['generate.py', *{arguments!r}]\n"
+        "try:\n    runpy.run_path('scripts/generate.py', run_name='__main__')\n"
+        "except SystemExit as done:\n    print(done.code, 'jax' in sys.modules)\n"
+    )
+    expected = "0 False" if arguments == ["--help"] else "2 False"
+    assert run("-c", code).stdout.splitlines()[-1] == expected
