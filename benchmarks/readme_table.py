@@ -131,7 +131,8 @@ ROWS = (
     Row(
         "falcon-40b-alibi's shape in bf16, one H200, 4,000 tokens before: decode, share of the read limit",
         f"{{{BF16}.decode_tokens_per_s:.1f}} tokens/s, {{{BF16}.share_of_read_limit*100:.1f}} %",
-        f"ours with XLA's products {{{BF16_XLA}.decode_tokens_per_s:.1f}}, {{{BF16_XLA}.share_of_read_limit*100:.1f}} %",
+        f"ours with XLA's products {{{BF16_XLA}.decode_tokens_per_s:.1f}}, "
+        f"{{{BF16_XLA}.share_of_read_limit*100:.1f}} %",
         STEPS,
     ),
     Row(
@@ -152,6 +153,13 @@ ROWS = (
         "{results.0.bits_per_byte:.3f} bits per byte",
         "",
         "falcon-nano-validation.json",
+    ),
+    Row(
+        "the same on three of them, 512 tokens at a time, weights of 16; 8; 4 bits",
+        "{results.bfloat16.bits_per_byte:.4f}; {results.int8.bits_per_byte:.4f}; "
+        "{results.int4, calibrated on 512 rows.bits_per_byte:.4f} calibrated",
+        "4 bits without calibration {results.int4, nearest.bits_per_byte:.4f}",
+        "falcon-nano-quantized.json",
     ),
 )
 

@@ -35,7 +35,8 @@ def call(script, folder, monkeypatch, capfd):
 
     def run(*arguments: str, stdin: bytes = b"", model: str | None = str(folder)) -> tuple[int, str, str]:
         # A cache would last beyond the test, and stay switched on in this process.
-        options = ["--compilation-cache", "off", *([] if model is None else ["--model", model])]
+        options = [] if "--compilation-cache" in arguments else ["--compilation-cache", "off"]
+        options += [] if model is None else ["--model", model]
         monkeypatch.setattr(sys, "argv", ["generate.py", *arguments, *options])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with warnings.catch_warnings():  # the script replaces showwarning
@@ -143,6 +144,17 @@ def test_warnings_are_one_line(call):
         code, _, errors = call("a " * 70, "--max-new-tokens", "2")
     assert code == 0
     assert errors.startswith("warning: ") and errors.count("\n") == 1
+
+
+def test_cache_that_cannot_be_written_is_one_warning(call, tmp_path):
+    _, text, _ = call("The sea", "--max-new-tokens", "2")
+    (tmp_path / "file").touch()
+    path = str(tmp_path / "file" / "cache")
+    code, same, errors = call("The sea", "--max-new-tokens", "2", "--compilation-cache", path)
+    assert (code, same) == (0, text)
+    assert errors.startswith("warning: compiled programs are not kept for the next run: ")
+    assert errors.count("\n") == 1 and path in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_interrupt_is_quiet(call, script, monkeypatch):
