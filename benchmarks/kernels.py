@@ -178,26 +178,9 @@ def run() -> int:
     sys.path.insert(0, str(REPOSITORY))  # for `benchmarks`, which no wheel holds
     # Before JAX starts: PyTorch's process needs its part of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from falcon_jax.errors import USER_ERRORS, one_line
+    from benchmarks import command, kernel_report
 
-    try:
-        document = main(arguments)
-        print(json.dumps(document), flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit, into a pipe that is gone.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    from benchmarks.kernel_report import failures
-
-    for failure in failures(document):
-        say(f"error: {failure}")
-    return 1 if failures(document) else 0
+    return command.finish(lambda: main(arguments), kernel_report.failures)
 
 
 if __name__ == "__main__":

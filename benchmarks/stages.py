@@ -7,10 +7,8 @@ line is one JSON document. The exit code is 1 if one of ours was wrong or failed
 python benchmarks/stages.py --save stages-h200
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -120,24 +118,9 @@ def run() -> int:
     """The exit code: 0 done, 1 one of ours wrong or failed, 2 not to be done, 130 interrupted, 141 nobody reads on."""
     arguments = tyro.cli(Arguments, description=__doc__)
     sys.path.insert(0, str(REPOSITORY))  # for `benchmarks`, which no wheel holds
-    from falcon_jax.errors import USER_ERRORS, one_line
+    from benchmarks import command
 
-    try:
-        document = main(arguments)
-        print(json.dumps(document), flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit, into a pipe that is gone.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    for failure in failures(document):
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if failures(document) else 0
+    return command.finish(lambda: main(arguments), failures)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ python scripts/benchmark.py --table seed --save seed-h200
 python scripts/benchmark.py --table seed --model falcon-40b --weights int8 --rows decode --peer none
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -244,31 +243,12 @@ def run() -> int:
     sys.path.insert(0, str(REPOSITORY))  # for `benchmarks`, which no wheel holds
     # Before JAX starts: the peer needs its part of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from falcon_jax.errors import USER_ERRORS, one_line
+    from benchmarks import command, seed_table
 
-    try:
-        document = main(arguments)
-        print(json.dumps(document), flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit, into a pipe that is gone.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return report_failures(document)
+    def failures(document: dict[str, Any]) -> list[str]:
+        return seed_table.our_failures(document) if document["benchmark"] == "table" else []
 
-
-def report_failures(document: dict[str, Any]) -> int:
-    from benchmarks import seed_table
-
-    failures = seed_table.our_failures(document) if document["benchmark"] == "table" else []
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return command.finish(lambda: main(arguments), failures)
 
 
 if __name__ == "__main__":
