@@ -23,7 +23,7 @@ from falcon_jax.model import params
 from falcon_jax.model.step import ForwardOptions
 from falcon_jax.tokenizer import Tokenizer
 
-# Entries that were not read for longest go first. A program takes 2 kB to some MB: this holds hundreds of models' ones.
+# Entries that were not read for longest go first. falcon-nano's seven programs take 0.2 MB on a CPU.
 # With a limit JAX also locks the folder to read and to write, so that no process reads what another has half written.
 MAX_CACHE_BYTES = 2 * 2**30
 
@@ -51,10 +51,10 @@ def use_compilation_cache(choice: str | None = None) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
-    # JAX keeps by default what took a second. A start compiles about ten programs of less than that each.
+    # JAX keeps by default what took a second. A start of falcon-nano compiles seven, each in less than that.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # XLA's own choices of matrix kernels, which otherwise differ from run to run and take most of a GPU's compilation.
+    # What XLA found by autotuning on a GPU, which otherwise differs from run to run. It has no effect on a CPU.
     # Not "all": the kernel cache is one file, which processes would write at the same time.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
 
@@ -78,32 +78,32 @@ def _require_writable(folder: Path) -> None:
         pass
 
 
-class CompileAhead:
-    """Compiles programs in threads while the caller does something else, such as to read weights.
+@contextlib.contextmanager
+def compile_ahead(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> Iterator[None]:
+    """Compiles programs in threads while the body runs, such as to read weights.
+
+    The end of the body waits for what has begun and gives up the rest: a small model is read before its programs are
+    there, and its first token must not wait for those that make the others.
 
     Args:
-      programs: called in a thread; makes what is to be compiled, in the order of its use. An error here or in a
+      programs: called in a thread; makes what is to be compiled, in the order of its use. An error in there or in a
         compilation is not raised: it comes again, and is said, when the caller does the same in earnest.
     """
+    # One thread traces, which Python allows to one at a time; a generation has two programs that take long.
+    pool = ThreadPoolExecutor(max_workers=3)
 
-    def __init__(self, programs: Callable[[], Iterable[jax.stages.Lowered]]):
-        # One thread traces, which Python allows to one at a time; a generation has two programs that take long.
-        self._pool = ThreadPoolExecutor(max_workers=3)
-        self._compiled = self._pool.submit(lambda: [self._pool.submit(program.compile) for program in programs()])
-
-    def wait(self, all_but: int = 0) -> None:
-        """Blocks until all programs but the last `all_but` are there. A program called earlier is compiled twice."""
+    def lower() -> None:
         with contextlib.suppress(Exception):
-            compiled = self._compiled.result()
-            for future in compiled[: len(compiled) - all_but]:
-                future.result()
+            for program in programs():
+                pool.submit(program.compile)  # raises once the body has ended
 
-    def __enter__(self) -> "CompileAhead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Gives up what has not begun. The process ends only after what has."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    pool.submit(lower)
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)  # what is wrong is said at once
+        raise
+    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def generation_programs(

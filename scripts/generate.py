@@ -98,30 +98,24 @@ def main(arguments: Arguments) -> None:
     programs = functools.partial(
         commands.generation_programs, folder, prompt, num_samples=num_samples, **how, **options
     )
-    with commands.CompileAhead(programs) as compiling:
+    with commands.compile_ahead(programs):
         model = Falcon.from_checkpoint(folder, **how)
-        load_s = time.perf_counter() - begin
-        if arguments.json:
-            compiling.wait()
-            timing = {"import_s": import_s, "load_s": load_s, "compile_s": time.perf_counter() - begin - load_s}
-            counts = print_json(model, prompt, options, num_samples, timing)
-        elif num_samples == 1 and model.tokenizer is not None:
-            # The first token needs all but the program that decodes the others.
-            compiling.wait(all_but=int(arguments.max_new_tokens > 1))
-            stream = model.stream(prompt, **options)
-            for piece in stream:
-                print(piece, end="", flush=True)
-                compiling.wait()
-            print()
-            counts = [(stream.num_tokens, stream.num_steps)]
-        else:
-            compiling.wait()
-            completions = model.generate(prompt, num_samples=num_samples, **options)
-            counts = step_counts(completions)
-            for completion in completions:
-                if num_samples > 1:
-                    print(f"--- sample {completion.sample_index + 1} of {num_samples}")
-                print(completion.text)
+    timing = {"import_s": import_s, "load_s": time.perf_counter() - begin}
+    if arguments.json:
+        counts = print_json(model, prompt, options, num_samples, timing)
+    elif num_samples == 1 and model.tokenizer is not None:
+        stream = model.stream(prompt, **options)
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
+        counts = [(stream.num_tokens, stream.num_steps)]
+    else:
+        completions = model.generate(prompt, num_samples=num_samples, **options)
+        counts = step_counts(completions)
+        for completion in completions:
+            if num_samples > 1:
+                print(f"--- sample {completion.sample_index + 1} of {num_samples}")
+            print(completion.text)
     if arguments.speculate:
         report_steps(counts)
 
@@ -173,7 +167,7 @@ def print_json(
     """Prints the document; returns each completion's tokens and steps.
 
     Args:
-      timing: of what came before: import_s, load_s, and compile_s, which loading did not cover.
+      timing: of what came before: import_s, and load_s, in which programs were compiled too.
     """
     begin = time.perf_counter()
     completions = model.generate(prompt, num_samples=num_samples, logprobs=True, **options)
@@ -184,7 +178,7 @@ def print_json(
         "completions": [dataclasses.asdict(completion) for completion in completions],
         "timing": {
             **{name: round(seconds, 4) for name, seconds in timing.items()},
-            "generate_s": round(generate_s, 4),
+            "generate_s": round(generate_s, 4),  # with what loading left to be compiled
             "num_tokens": num_tokens,
             "tokens_per_s": round(num_tokens / generate_s, 2),
         },

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,9 +39,9 @@ for num_words, request in json.loads(input()):
     prompt = "sea" + " sea" * (num_words - 1)
     jax.clear_caches()
     names.clear()
-    with commands.CompileAhead(lambda: commands.generation_programs(BUNDLED_MODEL, prompt, **how, **request)) as ahead:
-        ahead.wait()
-        before = list(names)
+    for program in commands.generation_programs(BUNDLED_MODEL, prompt, **how, **request):
+        program.compile()
+    before = list(names)
     names.clear()
     model.generate(prompt, **request)
     print(json.dumps([before, names]))
@@ -122,26 +123,33 @@ def test_programs_compiled_ahead_are_those_that_run():
     assert not {name for before, _ in lines for name in before} & {name for _, after in lines for name in after}
 
 
-def test_caller_waits_for_the_programs_that_it_needs():
-    last, compiled = threading.Event(), []
-    programs: Any = [
-        SimpleNamespace(compile=lambda: compiled.append("first")),
-        SimpleNamespace(compile=lambda: last.wait() and compiled.append("last")),
-    ]
-    with commands.CompileAhead(lambda: programs) as ahead:
-        ahead.wait(all_but=1)
-        assert compiled == ["first"]
-        last.set()
-        ahead.wait()
-        assert compiled == ["first", "last"]
+def test_body_waits_for_what_has_begun_and_gives_up_the_rest():
+    begun, body_ended, compiled = threading.Event(), threading.Event(), []
+
+    def compile_slowly():
+        begun.set()
+        body_ended.wait()
+        compiled.append("first")
+
+    def programs():
+        yield SimpleNamespace(compile=compile_slowly)
+        body_ended.wait()
+        time.sleep(0.1)  # until the pool takes no more
+        yield SimpleNamespace(compile=lambda: compiled.append("second"))
+
+    lazily: Any = programs
+    with commands.compile_ahead(lazily):
+        assert begun.wait(timeout=30)
+        threading.Timer(0.05, body_ended.set).start()
+    assert compiled == ["first"]
 
 
 def test_what_goes_wrong_ahead_is_left_to_the_call_itself():
     def programs():
         raise ValueError("no such model")
 
-    with commands.CompileAhead(programs) as ahead:
-        ahead.wait()
+    with commands.compile_ahead(programs):
+        pass
 
 
 @pytest.mark.parametrize(
