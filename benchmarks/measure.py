@@ -375,9 +375,10 @@ def start_up_s(command: Sequence[str]) -> dict[str, float]:
 
 
 def generate_command(folder: Path, dtype: str, new_tokens: int) -> list[str]:
-    """The command whose start-up is measured."""
+    """The command whose start-up is measured: without compiled programs of earlier runs, so that all runs are alike."""
     script = str(hardware.REPOSITORY / "scripts" / "generate.py")
     options = ["--model", str(folder), "--dtype", dtype, "--max-new-tokens", str(new_tokens)]
+    options += ["--compilation-cache", "off"]
     return [sys.executable, script, "The lighthouse keeper", *options]
 
 

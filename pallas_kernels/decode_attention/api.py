@@ -7,8 +7,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import arguments, compat, dispatch, sharded
-from pallas_kernels.decode_attention.plan import PAGE
-from pallas_kernels.decode_attention.reference import decode_xla
+from pallas_kernels.decode_attention.reference import PAGE, decode_xla
 
 
 def decode_attention(

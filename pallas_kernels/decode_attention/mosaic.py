@@ -33,7 +33,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat
 from pallas_kernels.decode_attention import cluster, grid
 from pallas_kernels.decode_attention.cluster import MATRIX, PER_HEAD
-from pallas_kernels.decode_attention.plan import MAX_HEADS, PAGE, REDUCTION_BYTES, Plan, Shape, default_plan
+from pallas_kernels.decode_attention.plan import MAX_HEADS, REDUCTION_BYTES, Plan, Shape, default_plan
+from pallas_kernels.decode_attention.reference import PAGE
 from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
 from pallas_kernels.hopper import LOG2E, filled, rounded, tiled
 

@@ -5,7 +5,6 @@ import dataclasses
 from pallas_kernels import compat
 from pallas_kernels.decode_attention.cluster import Exchange
 
-PAGE = 64  # slots of a page
 MAX_HEADS = {64: 80, 128: 64}  # query heads a block can hold in registers, by head dim
 MAX_CLUSTER = 16  # blocks of a cluster
 MAX_LARGE_CLUSTERS = 4  # of 16 blocks: eight took nearly twice the time of four, as if they did not all run at once

@@ -10,8 +10,9 @@ with key j of row b in slot j of the cache's row b, or, in pages, in slot j % 64
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention.plan import PAGE
 from pallas_kernels.flash_attention.reference import attention_one_token, attention_reference
+
+PAGE = 64  # slots of a page
 
 
 def gather_pages(
