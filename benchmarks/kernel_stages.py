@@ -134,7 +134,7 @@ def contestants(case: StageCase) -> tuple[list[Entry], dict[str, int]]:
     def exact(weights: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
         return _exact_layer(case, weights, carry, fixed)
 
-    reason = _reason_against_ours()
+    reason = compat.mosaic_reason()
     chains, checks = [], []
     for name, implementation in ((OURS, "mosaic"), (PLAIN, "xla")):
         refused = reason if name == OURS else None
@@ -182,7 +182,3 @@ def _exact_layer(case: StageCase, weights: dict[str, Any], carry: Any, fixed: An
 
 def _in_float32(weight: Any) -> Any:
     return weight.astype(jnp.float32) if isinstance(weight, jax.Array) else weight
-
-
-def _reason_against_ours() -> str | None:
-    return compat.mosaic_reason()

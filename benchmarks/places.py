@@ -94,7 +94,11 @@ def _sendable(error: Exception) -> Exception:
     """The error itself where it survives the pipe, with its traceback as a note."""
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:
+    except (
+        pickle.PickleError,
+        TypeError,
+        AttributeError,
+    ):  # it holds what cannot travel, or is made of other arguments
         copy = RuntimeError(f"{type(error).__name__}: {error}")
     copy.add_note("".join(traceback.format_exception(error)))
     return copy

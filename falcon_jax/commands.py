@@ -17,6 +17,7 @@ import jax
 
 from falcon_jax.checkpoint import manifest
 from falcon_jax.config import FalconConfig
+from falcon_jax.errors import USER_ERRORS
 from falcon_jax.generate.engine import Engine
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.model import params
@@ -86,24 +87,32 @@ def compile_ahead(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> Itera
     there, and its first token must not wait for those that make the others.
 
     Args:
-      programs: called in a thread; makes what is to be compiled, in the order of its use. An error in there or in a
-        compilation is not raised: it comes again, and is said, when the caller does the same in earnest.
+      programs: called in a thread; makes what is to be compiled, in the order of its use. A user's error in it, or an
+        error of a compilation, is not raised here: it comes again when the caller does the same in earnest.
+
+    Raises:
+      Exception: whatever else `programs` raises, which is ours, once the body has ended.
     """
     # One thread traces, which Python allows to one at a time; a generation has two programs that take long.
     pool = ThreadPoolExecutor(max_workers=3)
 
     def lower() -> None:
-        with contextlib.suppress(Exception):
-            for program in programs():
-                pool.submit(program.compile)  # raises once the body has ended
+        for program in programs():
+            try:
+                pool.submit(program.compile)
+            except RuntimeError:  # the body has ended, and the pool takes no more
+                return
 
-    pool.submit(lower)
+    lowering = pool.submit(lower)
     try:
         yield
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)  # what is wrong is said at once
         raise
     pool.shutdown(wait=True, cancel_futures=True)
+    if not lowering.cancelled():
+        with contextlib.suppress(*USER_ERRORS, OSError):
+            lowering.result()
 
 
 def generation_programs(

@@ -30,6 +30,24 @@ def tiled(*shape: int, dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def store(ref: Any, x: Any) -> None:
+    """ref[...] = x where x does not fill whole lines of memory, which newer versions of JAX want said."""
+    if (plain := getattr(plgpu, "store", None)) is not None:
+        plain(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
+def fence_memory() -> None:
+    """Makes what was written before visible to the whole GPU before anything that comes after."""
+
+    @plgpu.inline_mgpu()
+    def emit(_: Any = None):
+        mgpu.utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+
+    emit()
+
+
 def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Any:
     """float32 registers in a layout, all of one value."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

@@ -4,11 +4,9 @@ python scripts/generate.py "The lighthouse keeper"
 echo "It was a dark night" | python scripts/generate.py --temperature 0.8 --top-p 0.95 --json
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 import sys
 import time
 import warnings
@@ -190,23 +188,10 @@ def print_json(
 def run() -> int:
     """The exit code: 0 done, 2 not to be served, 130 interrupted, 141 nobody reads on."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    from falcon_jax.errors import USER_ERRORS, one_line
+    from falcon_jax.errors import exit_code
 
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        main(arguments)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit, into a pipe that is gone.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: main(arguments))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.linear import LayerNorm, Linear, declare, multiply
 from falcon_jax.model.step import ForwardOptions, Step, spans
+from pallas_kernels.quantized_matmul import MAX_ROWS
 
 __all__ = ["FalconDecoder", "ForwardOptions"]
 
@@ -154,12 +155,12 @@ class FalconDecoder(nnx.Module):
         """Whether so many tokens go through the fused stages.
 
         Raises:
-          NotImplementedError: the options ask for the kernels by name, and single tokens cannot take them.
+          NotImplementedError: the options ask for the kernels by name, and they cannot take as few tokens as these.
         """
         if self.options.stages == "xla" or cache_is_empty or dropout_key is not None:
             return False
         reason = stages.reason_against(self, num_tokens)
-        if reason is not None and self.options.stages is not None and num_tokens <= stages.MAX_TOKENS:
+        if reason is not None and self.options.stages is not None and num_tokens <= MAX_ROWS:
             raise NotImplementedError(f"stages={self.options.stages!r} cannot run here: {reason}")
         return reason is None
 

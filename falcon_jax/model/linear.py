@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.attention_norm import layer_norm
 from pallas_kernels.quantized_matmul import Product, QuantizedWeight, quantized_matmul, storage
 
 
@@ -118,7 +119,4 @@ class LayerNorm(nnx.Module):
         return self.scale[...], self.bias[...]
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return layer_norm(x, self.affine(), self.epsilon)

@@ -19,32 +19,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from falcon_jax.model.step import Step
-from pallas_kernels import compat
+from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm
-from pallas_kernels.quantized_matmul import project
+from pallas_kernels.quantized_matmul import in_eights, project
 
 if TYPE_CHECKING:
     from falcon_jax.model.cache import KVCache
     from falcon_jax.model.decoder import Block, FalconDecoder
     from falcon_jax.model.linear import LayerNorm
 
-MAX_TOKENS = 64
-_EIGHT = 8
-
 
 def reason_against(decoder: FalconDecoder, num_tokens: int) -> str | None:
     """Why the kernels cannot take so many tokens of this model here, or None where they can."""
-    config, dtype = decoder.config, decoder.embed.weight[...].dtype
+    config = decoder.config
     if decoder.mesh is not None and decoder.mesh.size > 1:
-        return "they run on one device"
-    if (reason := compat.mosaic_reason(decoder.mesh)) is not None:
-        return reason
-    if dtype != jnp.bfloat16:
-        return f"they take bfloat16, not {dtype}"
-    if num_tokens > MAX_TOKENS:
-        return f"they take up to {MAX_TOKENS} tokens, not {num_tokens}"
-    sizes = config.width, config.mlp_width, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return f"they take multiples of 64, not {sizes}" if any(size % 64 for size in sizes) else None
+        return "it runs on one device"
+    heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = config.width, config.mlp_width, *heads
+    reason = compat.mosaic_reason(decoder.mesh)
+    return reason or quantized_matmul.reason_against(num_tokens, sizes, decoder.embed.weight[...].dtype)
 
 
 def run(
@@ -56,7 +49,7 @@ def run(
       The final hidden states, and each layer's keys and values with the new tokens in them.
     """
     B, T, D = x.shape
-    residual = jnp.pad(x.reshape(B * T, D), ((0, -(B * T) % _EIGHT), (0, 0)))
+    residual = in_eights(x)
     layers = list(decoder.layers)
     following = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
     normed = [norm(residual) for norm in _input_norms(layers[0])]
@@ -87,7 +80,7 @@ def _layer(
     slots: tuple[Array, Array],
     implementation: str | None,
 ):
-    def finish(xs, projections, norms):
+    def finish(xs, projections, residual, norms, counter):
         biases = [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")]
         return attention_norm(
             xs,
@@ -107,12 +100,11 @@ def _layer(
     q, k, v, *hidden = project(products, implementation=implementation)
     attended, slots = _attend(block, q, k, v, step, slots)
     if block.parallel:
-        residual, normed, counter = finish([attended, *hidden], [attention.output, mlp.down], norms)
-        return residual, normed, counter, slots
-    residual, normed, counter = finish([attended], [attention.output], [block.mlp_norm])
+        projections = [attention.output, mlp.down]
+        return *finish([attended, *hidden], projections, residual, norms, counter), slots
+    residual, normed, counter = finish([attended], [attention.output], residual, [block.mlp_norm], counter)
     hidden = project([mlp.up.product(normed[0], "gelu")], implementation=implementation)
-    residual, normed, counter = finish(hidden, [mlp.down], norms)
-    return residual, normed, counter, slots
+    return *finish(hidden, [mlp.down], residual, norms, counter), slots
 
 
 def _attend(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.attention_norm.reference import Norm, attention_norm_xla
+from pallas_kernels.quantized_matmul.product import Product, in_eights, reason_against_products
 
 
 def attention_norm(
@@ -27,7 +28,8 @@ def attention_norm(
       xs, weights: one or several inputs [..., I] with their weights [I, D], or QuantizedWeights; all of one form.
       norms: scale and shift [D] of each norm, one or more.
       biases: as many as `xs`, or none.
-      counter: what the call before returned, or None for the first of a chain: where blocks of the kernel meet.
+      counter: what the call before returned, or None for the first of a chain: where blocks of the kernel meet. Calls
+        of one program hand it on: two that run at the same time could keep each other's blocks from the GPU for ever.
       implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows), "xla", or None for the first that takes the call.
 
     Returns:
@@ -37,23 +39,19 @@ def attention_norm(
       ValueError: shapes that do not fit, or an unknown `implementation`.
       NotImplementedError: the named implementation cannot take these arguments.
     """
-    D = residual.shape[-1]
-    if not norms or len(xs) != len(weights) or len(biases) not in (0, len(xs)):
-        given = f"{len(xs)} inputs, {len(weights)} weights, {len(biases)} biases and {len(norms)} norms"
-        raise ValueError(f"attention_norm: {given}; it takes as many of the first two, and at least one norm")
+    products = checked_products(xs, weights, biases, residual, norms)
     if counter is None:
         counter = jnp.zeros(1, jnp.int32)
-    candidates = {"mosaic": lambda: _mosaic_reason(xs, weights, D), "xla": lambda: None}
+    candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
     if dispatch.choose("attention_norm", implementation, candidates) == "xla":
         return *attention_norm_xla(xs, weights, biases, residual, norms, epsilon), counter
 
     from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
-    from pallas_kernels.quantized_matmul.stream import in_eights
 
     out, normed, counter = attention_norm_mosaic(
         [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, counter, epsilon=epsilon
     )
-    num_rows = residual.size // D
+    num_rows = residual.size // residual.shape[-1]
 
     def back(x: Array) -> Array:
         return x[:num_rows].reshape(residual.shape)
@@ -61,12 +59,24 @@ def attention_norm(
     return back(out), [back(x) for x in normed], counter
 
 
-def _mosaic_reason(xs: Sequence[Array], weights: Sequence[Any], num_outputs: int) -> str | None:
-    if (reason := compat.mosaic_reason()) is not None:
-        return reason
-    from pallas_kernels.quantized_matmul.stream import form_of, reason_against
+def checked_products(
+    xs: Sequence[Array], weights: Sequence[Any], biases: Sequence[Array], residual: Array, norms: Sequence[Norm]
+) -> list[Product]:
+    """What is added to the residual; raises ValueError where it does not fit it, or the norms do not."""
+    if not norms or not xs or len(xs) != len(weights) or len(biases) not in (0, len(xs)):
+        given = f"{len(xs)} inputs, {len(weights)} weights, {len(biases)} biases and {len(norms)} norms"
+        raise ValueError(f"attention_norm: {given}; it takes as many of the first two, and at least one norm")
+    D = residual.shape[-1]
+    if any(x.shape[:-1] != residual.shape[:-1] for x in xs):
+        raise ValueError(f"attention_norm: rows of {[x.shape for x in xs]} differ from the residual's {residual.shape}")
+    if any(array.shape != (D,) for norm in norms for array in norm):
+        raise ValueError(f"attention_norm: norms {[tuple(a.shape for a in norm) for norm in norms]} are not all ({D},)")
+    every_bias = list(biases) or [None] * len(xs)
+    products = [Product(x, weight, D, bias) for x, weight, bias in zip(xs, weights, every_bias, strict=True)]
+    for product in products:
+        product.check("attention_norm")
+    return products
 
-    if len({form_of(weight) for weight in weights}) > 1:
-        return "it takes weights of one form"
-    reasons = [reason_against(x, weight, num_outputs) for x, weight in zip(xs, weights, strict=True)]
-    return next(filter(None, reasons), None)
+
+def _mosaic_reason(products: Sequence[Product]) -> str | None:
+    return compat.mosaic_reason() or reason_against_products(products)

@@ -32,8 +32,10 @@ from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
+from pallas_kernels.hopper import fence_memory, store
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
+from pallas_kernels.quantized_matmul.product import form_of
 from pallas_kernels.quantized_matmul.stream import (
     ROWS,
     Operand,
@@ -41,12 +43,11 @@ from pallas_kernels.quantized_matmul.stream import (
     Stream,
     arrays_of,
     fitting_plan,
-    form_of,
     run,
     scratch,
 )
 
-PER_ROW, PER_OUTPUT = ROWS.reduce(1), ROWS.reduce(0)
+PER_OUTPUT = ROWS.reduce(0)
 
 
 def attention_norm_mosaic(
@@ -160,7 +161,7 @@ def _launch(
     results = plgpu.kernel(
         body,
         out_type=made,
-        num_threads=plan.num_threads,
+        num_threads=plan.all_warpgroups,
         thread_name="warpgroup",
         kernel_name="attention_norm",
         compiler_params=parameters(interpretable),
@@ -234,9 +235,9 @@ class _Block:
 
     def share_out(self, i: int) -> None:
         """Publishes this block's part of a tile's sums, and returns when the whole cluster has."""
-        _store(self.arrays["partial"].at[self.block, i, self.split], self.stream.gathered(i))
+        store(self.arrays["partial"].at[self.block, i, self.split], self.stream.gathered(i))
         if not self.settings.interpretable:
-            _fence()
+            fence_memory()
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.smem["shared_out"])
         plgpu.barrier_wait(self.smem["shared_out"])
@@ -256,14 +257,14 @@ class _Block:
         kept = self.smem["tiles"].at[i]
         y = y + _load(kept, ROWS).astype(jnp.float32)
         y = y.astype(kept.dtype)
-        _store(kept, y)
+        store(kept, y)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(kept, self.arrays["out"].at[:, self.outputs(i)])
         y = y.astype(jnp.float32)
         mean = y.sum(axis=1) * (1.0 / TILE)
         distance = y - _over_outputs(mean, y.shape)
-        _store(self.arrays["moments"].at[0, :, self.tile(i)], mean)
-        _store(self.arrays["moments"].at[1, :, self.tile(i)], (distance * distance).sum(axis=1))
+        store(self.arrays["moments"].at[0, :, self.tile(i)], mean)
+        store(self.arrays["moments"].at[1, :, self.tile(i)], (distance * distance).sum(axis=1))
 
     def meet_and_normalize(self) -> None:
         settings = self.settings
@@ -304,7 +305,7 @@ class _Block:
         for j in range(self.settings.num_norms):
             scale, shift = (self.column(i, self.settings.num_biases + 2 * j + which) for which in range(2))
             target = self.smem["normed"].at[j, rows]
-            _store(target, (y * _over_rows(scale, y.shape) + _over_rows(shift, y.shape)).astype(target.dtype))
+            store(target, (y * _over_rows(scale, y.shape) + _over_rows(shift, y.shape)).astype(target.dtype))
         plgpu.commit_smem()
         for j in range(self.settings.num_norms):
             target = self.arrays["normed"][j].at[rows, self.outputs(i)]
@@ -326,16 +327,6 @@ def _over_rows(x: Any, dims: tuple[int, ...]) -> Any:
 def _over_outputs(x: Any, dims: tuple[int, ...]) -> Any:
     """A value a row, repeated over the outputs."""
     return lax.broadcast_in_dim(x, dims, [0])
-
-
-def _fence() -> None:
-    """Makes what was written before visible to the whole GPU before anything that comes after."""
-
-    @plgpu.inline_mgpu()
-    def emit(_: Any = None):
-        mgpu.utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
-
-    emit()
 
 
 def _meet(counter: Any, block: Any, num_blocks: int) -> None:
@@ -372,11 +363,3 @@ def _meet(counter: Any, block: Any, num_blocks: int) -> None:
 def _signed(x: int) -> int:
     """The 32 bits of x as a signed number."""
     return (x + 2**31) % 2**32 - 2**31
-
-
-def _store(ref: Any, x: Any) -> None:
-    """ref[...] = x where x does not fill whole lines of memory, which newer versions of JAX want said."""
-    if (store := getattr(plgpu, "store", None)) is not None:
-        store(ref, x, optimized=False)
-    else:
-        ref[...] = x

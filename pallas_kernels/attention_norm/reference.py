@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_matmul.formats import QuantizedWeight, dequantize
-from pallas_kernels.quantized_matmul.reference import matmul_xla
+from pallas_kernels.quantized_matmul import Product, QuantizedWeight, dequantize, project
 
 Norm = tuple[Float[Array, " D"], Float[Array, " D"]]
 
@@ -43,14 +42,10 @@ def attention_norm_xla(
     epsilon: float,
 ) -> tuple[Array, list[Array]]:
     """As a Falcon layer does it: each product rounded, the last one first, the residual last."""
-    made = []
-    for x, weight in zip(xs, weights, strict=True):
-        if isinstance(weight, QuantizedWeight):
-            made.append(matmul_xla(x, weight, residual.shape[-1]))
-        else:
-            made.append(x @ weight)
-    for index, bias in enumerate(biases):
-        made[index] += bias
+    D = residual.shape[-1]
+    every_bias = list(biases) or [None] * len(xs)
+    products = [Product(x, weight, D, bias) for x, weight, bias in zip(xs, weights, every_bias, strict=True)]
+    made = project(products, implementation="xla")
     out = sum(reversed(made[:-1]), made[-1]) + residual
     return out, [layer_norm(out, norm, epsilon) for norm in norms]
 

@@ -301,16 +301,6 @@ def over_keys(operation: str, x: jax.Array, scratch: Any, parity: Any) -> jax.Ar
     return emit(scratch, jnp.int32(parity), x)
 
 
-def fence_memory() -> None:
-    """Makes what was written before visible to the whole GPU before anything that comes after."""
-
-    @_inlined()
-    def emit(_: Any = None):
-        _do("fence.acq_rel.gpu;")
-
-    emit()
-
-
 def _merged(results: Sequence[tuple[Any, Any]]) -> tuple[list[ir.Value], list[ir.Value]]:
     """Pieces, each with (maximum, total) of its two heads, in one; exponents are base 2."""
     tops = []

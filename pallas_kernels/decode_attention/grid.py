@@ -13,10 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_attention.cluster import fence_memory
 from pallas_kernels.decode_attention.plan import Plan, Shape
 from pallas_kernels.flash_attention.reference import MASKED
-from pallas_kernels.hopper import filled
+from pallas_kernels.hopper import fence_memory, filled, store
 
 # Several results [results, 8 heads, some of H]: a warp takes every fourth, a thread two numbers of a head.
 PARTIALS = plgpu.Layout.TILED(plgpu.Tiling(((4, 8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
@@ -71,8 +70,8 @@ class _Combination:
         """Leaves this warpgroup's results where the others find them."""
         at = (self.row, self.pair, self.stream)
         self.arrays["sums"].at[at].transpose((1, 0))[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
-        _store(self.arrays["maxima"].at[at], maxima)
-        _store(self.arrays["totals"].at[at], totals)
+        store(self.arrays["maxima"].at[at], maxima)
+        store(self.arrays["totals"].at[at], totals)
         if not self.settings.interpretable:
             fence_memory()
 
@@ -158,11 +157,3 @@ class _Combination:
         num_units = head_units * (self.shape.H // rows)
         lax.fori_loop(0, pl.cdiv(num_units - self.split, num_workers), combine_unit, None)
         plgpu.wait_smem_to_gmem(0)
-
-
-def _store(ref: Any, x: Any) -> None:
-    """ref[...] = x where x does not fill whole lines of memory, which newer versions of JAX want said."""
-    if (store := getattr(plgpu, "store", None)) is not None:
-        store(ref, x, optimized=False)
-    else:
-        ref[...] = x

@@ -10,17 +10,20 @@ from pallas_kernels.quantized_matmul.formats import (
     quantize,
     storage,
 )
-from pallas_kernels.quantized_matmul.product import Product
+from pallas_kernels.quantized_matmul.product import MAX_ROWS, Product, in_eights, reason_against
 
 __all__ = [
     "FORMS",
+    "MAX_ROWS",
     "TILE_OUTPUTS",
     "Product",
     "QuantizedWeight",
     "dequantize",
+    "in_eights",
     "project",
     "quantize",
     "quantize_calibrated",
     "quantized_matmul",
+    "reason_against",
     "storage",
 ]

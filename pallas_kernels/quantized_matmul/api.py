@@ -1,5 +1,6 @@
 """`quantized_matmul` and `project`: what models call. They check arguments, pick the implementation and run it."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -8,8 +9,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat, dispatch
-from pallas_kernels.quantized_matmul.formats import QuantizedWeight, storage
-from pallas_kernels.quantized_matmul.product import Product
+from pallas_kernels.quantized_matmul.formats import QuantizedWeight
+from pallas_kernels.quantized_matmul.product import Product, in_eights, reason_against_products
 from pallas_kernels.quantized_matmul.reference import matmul_xla
 
 
@@ -22,7 +23,8 @@ def quantized_matmul(
 
     Args:
       num_outputs: O, which the weight's tiles tell only up to a multiple of 64.
-      implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows), "xla", or None: "xla".
+      implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows), "xla", or None: "xla", which alone is
+        differentiable and takes arrays that lie on several devices.
 
     Returns:
       [..., O] in x's dtype.
@@ -47,34 +49,17 @@ def project(products: Sequence[Product], *, implementation: str | None = None) -
       NotImplementedError: the named implementation cannot take these arguments.
     """
     for product in products:
-        _check(product)
+        product.check("project")
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
-    if dispatch.choose("quantized_matmul", implementation, candidates) == "xla":
+    if dispatch.choose("project", implementation, candidates) == "xla":
         return [_project_xla(product) for product in products]
 
     from pallas_kernels.quantized_matmul.mosaic import project_mosaic
-    from pallas_kernels.quantized_matmul.stream import in_eights
 
-    made = project_mosaic([_with_x(product, in_eights(product.x)) for product in products])
+    made = project_mosaic([dataclasses.replace(product, x=in_eights(product.x)) for product in products])
     shapes = [(*product.x.shape[:-1], product.num_outputs) for product in products]
     num_rows = products[0].x.size // products[0].x.shape[-1]
     return [y[:num_rows].reshape(shape) for y, shape in zip(made, shapes, strict=True)]
-
-
-def _check(product: Product) -> None:
-    x, weight, num_outputs = product.x, product.weight, product.num_outputs
-    if not isinstance(weight, QuantizedWeight):
-        if weight.shape != (x.shape[-1], num_outputs):
-            raise ValueError(f"project: a weight {weight.shape} does not fit x {x.shape} and {num_outputs} outputs")
-        return
-    expected = storage(weight.form, x.shape[-1], num_outputs)
-    if (weight.values.shape, weight.scales.shape) != (expected.values.shape, expected.scales.shape):
-        found = f"values {weight.values.shape} with scales {weight.scales.shape}"
-        wanted = f"{expected.values.shape} with {expected.scales.shape}"
-        raise ValueError(
-            f"quantized_matmul: {weight.form} {found} do not fit x {x.shape} and {num_outputs} outputs, which take "
-            f"{wanted}"
-        )
 
 
 def _project_xla(product: Product) -> Array:
@@ -90,16 +75,9 @@ def _project_xla(product: Product) -> Array:
     return y
 
 
-def _with_x(product: Product, x: Array) -> Product:
-    return Product(x, product.weight, product.num_outputs, product.bias, product.activation)
-
-
 def _mosaic_reason(products: Sequence[Product]) -> str | None:
     if (reason := compat.mosaic_reason()) is not None:
         return reason
-    from pallas_kernels.quantized_matmul.stream import form_of, reason_against
-
-    if len({(form_of(product.weight), product.x.shape) for product in products}) > 1:
-        return "it takes weights of one form, and x of one shape"
-    reasons = [reason_against(product.x, product.weight, product.num_outputs) for product in products]
-    return next(filter(None, reasons), None)
+    if len({product.x.shape for product in products}) > 1:
+        return "it takes x of one shape"
+    return reason_against_products(products)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import compat
 from pallas_kernels.hopper import LOG2E
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.product import Product
+from pallas_kernels.quantized_matmul.product import Product, form_of
 from pallas_kernels.quantized_matmul.stream import (
     ROWS,
     Operand,
@@ -22,7 +22,6 @@ from pallas_kernels.quantized_matmul.stream import (
     Stream,
     arrays_of,
     fitting_plan,
-    form_of,
     run,
     scratch,
 )
@@ -107,7 +106,7 @@ def _launch(products: list[Product], *, plan: Plan, num_sms: int, interpretable:
         out_type=out_types,
         grid=(num_blocks,),
         grid_names=("block",),
-        num_threads=plan.num_threads,
+        num_threads=plan.all_warpgroups,
         thread_name="warpgroup",
         kernel_name="project",
         compiler_params=parameters(interpretable),

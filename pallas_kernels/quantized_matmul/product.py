@@ -1,9 +1,22 @@
-"""What the input stage computes: one product of several, with what is done to it at once."""
+"""What the stages of a layer compute, one product of several, and what the kernels for them ask of their arguments.
+
+Imports no kernel, so that a model can ask whether its tokens would fit one.
+"""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.quantized_matmul.formats import QuantizedWeight, storage
+
+MAX_ROWS = 64  # of x, in one launch
+ROWS_AT_ONCE = 8  # the matrix instruction's
+SIDE = 64  # inputs and outputs come in multiples of it
 
 
 @jax.tree_util.register_dataclass
@@ -23,3 +36,58 @@ class Product:
     num_outputs: int = dataclasses.field(metadata={"static": True})
     bias: Any = None
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def check(self, caller: str) -> None:
+        """Raises ValueError, in the name of `caller`, where the weight or the bias does not fit x."""
+        x, weight, num_outputs = self.x, self.weight, self.num_outputs
+        if self.bias is not None and self.bias.shape != (num_outputs,):
+            raise ValueError(f"{caller}: a bias {self.bias.shape} does not fit {num_outputs} outputs")
+        if not isinstance(weight, QuantizedWeight):
+            if weight.shape != (x.shape[-1], num_outputs):
+                raise ValueError(
+                    f"{caller}: a weight {weight.shape} does not fit x {x.shape} and {num_outputs} outputs"
+                )
+            return
+        expected = storage(weight.form, x.shape[-1], num_outputs)
+        if (weight.values.shape, weight.scales.shape) != (expected.values.shape, expected.scales.shape):
+            found = f"values {weight.values.shape} with scales {weight.scales.shape}"
+            wanted = f"{expected.values.shape} with {expected.scales.shape}"
+            raise ValueError(
+                f"{caller}: {weight.form} {found} do not fit x {x.shape} and {num_outputs} outputs, which take {wanted}"
+            )
+
+
+def form_of(weight: Any) -> str:
+    """ "native", or the form of a QuantizedWeight."""
+    return weight.form if isinstance(weight, QuantizedWeight) else "native"
+
+
+def reason_against(num_rows: int, sizes: Sequence[int], dtype: DTypeLike) -> str | None:
+    """Why the kernels cannot take so many rows of products with these inputs and outputs, or None where they can."""
+    if dtype != jnp.bfloat16:
+        return f"it takes bfloat16, not {jnp.dtype(dtype)}"
+    if not 1 <= num_rows <= MAX_ROWS:
+        return f"it takes 1 to {MAX_ROWS} rows, not {num_rows}"
+    if any(size % SIDE for size in sizes):
+        return f"it takes multiples of {SIDE} inputs and outputs, not {', '.join(map(str, sizes))}"
+    return None
+
+
+def reason_against_products(products: Sequence[Product]) -> str | None:
+    """The same for the products of one launch."""
+    forms = sorted({form_of(product.weight) for product in products})
+    if len(forms) > 1:
+        return f"it takes weights of one form, not {' and '.join(forms)}"
+    for product in products:
+        if forms == ["native"] and product.weight.dtype != product.x.dtype:
+            return f"it takes x and weights of one dtype, not {product.x.dtype} and {product.weight.dtype}"
+        sizes = product.x.shape[-1], product.num_outputs
+        if (reason := reason_against(math.prod(product.x.shape[:-1]), sizes, product.x.dtype)) is not None:
+            return reason
+    return None
+
+
+def in_eights(x: jax.Array) -> jax.Array:
+    """x [..., I] as rows [R, I], R a multiple of 8: the last ones are zeros."""
+    x = x.reshape(-1, x.shape[-1])
+    return jnp.pad(x, ((0, -x.shape[0] % ROWS_AT_ONCE), (0, 0)))

@@ -18,7 +18,6 @@ Letters: I inputs, O outputs, R rows of x, a multiple of 8; the last may be anyt
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +36,6 @@ from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
 MATRIX = plgpu.Layout.WGMMA
 # [8 rows, 64 outputs]: a warp has two rows, a thread four outputs of one.
 ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-MAX_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +56,8 @@ class Plan:
     producer: bool = False
 
     @property
-    def num_threads(self) -> int:
-        """Warpgroups of a block, all of them."""
+    def all_warpgroups(self) -> int:
+        """Of a block, a producer too."""
         return self.warpgroups + self.producer
 
     def smem_bytes(self, form: str, num_rows: int) -> int:
@@ -109,29 +107,6 @@ class Operand:
 
     def num_chunks(self, plan: Plan) -> int:
         return -(-self.num_groups // plan.groups)
-
-
-def form_of(weight: Any) -> str:
-    return weight.form if isinstance(weight, QuantizedWeight) else "native"
-
-
-def reason_against(x: Any, weight: Any, num_outputs: int) -> str | None:
-    """Why a kernel cannot take these, or None where it can: x [..., I], of which only shape and dtype count."""
-    num_inputs = x.shape[-1]
-    num_rows = math.prod(x.shape[:-1])
-    if x.dtype != jnp.bfloat16 or (form_of(weight) == "native" and weight.dtype != x.dtype):
-        return f"it takes bfloat16, not {x.dtype}"
-    if not 1 <= num_rows <= MAX_ROWS:
-        return f"it takes 1 to {MAX_ROWS} rows, not {num_rows}"
-    if num_inputs % DEPTH or num_outputs % TILE:
-        return f"it takes multiples of {DEPTH} inputs and {TILE} outputs, not {num_inputs} and {num_outputs}"
-    return None
-
-
-def in_eights(x: jax.Array) -> jax.Array:
-    """x [..., I] as rows [R, I], R a multiple of 8."""
-    x = x.reshape(-1, x.shape[-1])
-    return jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
 
 
 def arrays_of(weight: Any) -> list[jax.Array]:

@@ -56,11 +56,6 @@ def test_decoding_through_fused_stages_stays_within_twice_the_error_of_xla(name,
             hidden, _ = decoder(ids[:, -1:], cache=cache)
             return decoder.logits(hidden)
 
-        def cast(path, x):
-            is_few_bits = path[-1].key in ("values", "scales")
-            return x if is_few_bits else x.astype(dtype)
-
-        # The values that the weights stand for do not change with the dtype of what they are multiplied by.
-        return jax.jit(run)(jax.tree_util.tree_map_with_path(cast, params), ids)
+        return jax.jit(run)(model_params.cast(params, dtype), ids)
 
     require_close(logits(None, jnp.bfloat16), logits("xla", jnp.bfloat16), logits("xla", jnp.float32))

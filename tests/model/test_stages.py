@@ -43,10 +43,10 @@ def through_layers(config, params, cache, ids, num_tokens):
 
 
 def start(config: FalconConfig, num_rows: int, num_columns: int, dtype, weights: str = "native"):
-    params = random_params(config) if weights == "native" else None
-    if params is None:
+    if weights == "native":
+        params = random_params(config, dtype=dtype)
+    else:
         params = model_params.init(config, jax.random.key(0), dtype, weights=weights)
-    params = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 and weights == "native" else x, params)
     ids = jax.random.randint(jax.random.key(2), (num_rows, PROMPT + num_columns), 0, config.vocab_size)
     cache = prefilled(config, params, ids[:, :PROMPT], KVCache.create(config, num_rows, 16, dtype))
     return params, cache, ids[:, PROMPT:]
@@ -96,10 +96,8 @@ def test_kernels_stay_within_twice_the_error_of_xla(name, weights):
     with interpreted():
         made, _ = jax.block_until_ready(through_stages(config, params, cache, ids, num_tokens, "mosaic"))
     plain, _ = through_stages(config, params, cache, ids, num_tokens, "xla")
-    in_float32 = jax.tree.map(
-        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 and x.ndim != 3 else x, (params, cache)
-    )
-    exact, _ = through_stages(config, *in_float32, ids, num_tokens, "xla")
+    cache = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, cache)
+    exact, _ = through_stages(config, model_params.cast(params, jnp.float32), cache, ids, num_tokens, "xla")
     require_close(made, plain, exact)
 
 

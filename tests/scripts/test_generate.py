@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import falcon_jax.commands
 from tests import commands, hf_models
 
 SCRIPT = commands.SCRIPTS / "generate.py"
@@ -32,6 +33,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def call(script, folder, monkeypatch, capfd):
     """Runs the script in this process; returns its exit code, stdout and stderr."""
+
+    # To compile ahead, descriptions stand for arrays, which the annotations that tests check do not take. What it does
+    # is tested in processes without those checks (test_start_up.py).
+    monkeypatch.setattr(falcon_jax.commands, "generation_programs", lambda *_, **__: ())
 
     def run(*arguments: str, stdin: bytes = b"", model: str | None = str(folder)) -> tuple[int, str, str]:
         # A cache would last beyond the test, and stay switched on in this process.

@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from falcon_jax import commands
+from falcon_jax.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,9 +93,10 @@ def cache_settings():
 
 
 def test_switch_beats_jaxs_own_setting_which_beats_the_default(cache_settings, tmp_path):
-    jax.config.update("jax_compilation_cache_dir", "/the/users/own")
+    own = str(tmp_path.parent / "own")
+    jax.config.update("jax_compilation_cache_dir", own)
     commands.use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == "/the/users/own"
+    assert jax.config.jax_compilation_cache_dir == own
     commands.use_compilation_cache(str(tmp_path / "chosen"))
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "chosen")
     commands.use_compilation_cache("off")
@@ -144,26 +146,33 @@ def test_body_waits_for_what_has_begun_and_gives_up_the_rest():
     assert compiled == ["first"]
 
 
-def test_what_goes_wrong_ahead_is_left_to_the_call_itself():
+def failing_with(error: Exception) -> Any:
     def programs():
-        raise ValueError("no such model")
+        raise error
 
-    with commands.compile_ahead(programs):
+    return programs
+
+
+def test_what_a_user_did_wrong_is_left_to_the_call_itself():
+    with commands.compile_ahead(failing_with(CheckpointError("no such model"))):
         pass
 
 
+def test_what_is_wrong_with_us_is_raised_once_the_body_has_ended():
+    done = []
+    with pytest.raises(TypeError, match="ours"), commands.compile_ahead(failing_with(TypeError("ours"))):
+        done.append("body")
+    assert done == ["body"]
+
+
 @pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"XDG_CACHE_HOME": "/caches", "HOME": "/home/user"}, "/caches/falcon_jax/xla"),
-        ({"XDG_CACHE_HOME": "", "HOME": "/home/user"}, "/home/user/.cache/falcon_jax/xla"),
-        ({"XDG_CACHE_HOME": "relative", "HOME": "/home/user"}, "/home/user/.cache/falcon_jax/xla"),
-    ],
+    ("cache_home", "parent"), [("{}/caches", "caches"), ("", "home/.cache"), ("it", "home/.cache")]
 )
-def test_default_folder_is_in_the_users_cache(monkeypatch, variables, expected):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert commands.default_folder() == Path(expected)
+def test_default_folder_is_in_the_users_cache(monkeypatch, tmp_path, cache_home, parent):
+    """A path that is not absolute counts as none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_home.format(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert commands.default_folder() == tmp_path / parent / "falcon_jax" / "xla"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["x", "--no-such-flag"], ["x", "--file", "y"]])
