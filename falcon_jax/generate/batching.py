@@ -15,11 +15,12 @@ MIN_CAPACITY = 128
 FINE_ABOVE = 2048
 # One prefill call takes at most this many tokens of one row, which keeps the matrix products busy, and of all
 # rows together, which bounds the activations.
-MAX_CHUNK = 1024
-MAX_CALL_TOKENS = 8192
-# A remainder is cut in two where rounding it up would waste much; below this a second call costs more than
-# the waste.
+MAX_CHUNK = 4096
+MAX_CALL_TOKENS = 4096
+# A remainder is cut in two where rounding it up would waste much: a quarter, or an eighth of a large one. Below the
+# first of these a second call costs more than the waste.
 MIN_SPLIT = 256
+MIN_FINE_SPLIT = 2048
 
 
 def round_up(size: int, smallest: int) -> int:
@@ -36,7 +37,7 @@ def round_up(size: int, smallest: int) -> int:
 def prefill_sizes(num_tokens: int, num_rows: int, *, whole: bool = False) -> list[int]:
     """The T of each prefill call for rows of up to `num_tokens` tokens; their sum is at least that.
 
-    Each is a power of two from 32 to 1024, or to less where many rows run together. `whole` asks for one
+    Each is a power of two from 32 to 4096, or to less where many rows run together. `whole` asks for one
     call, which positions that depend on the whole length (dynamic RoPE scaling) need.
     """
     if whole:
@@ -47,8 +48,9 @@ def prefill_sizes(num_tokens: int, num_rows: int, *, whole: bool = False) -> lis
     sizes = [chunk] * (num_tokens // chunk)
     left = num_tokens - sum(sizes)
     while left > 0:
-        bucket = round_up(left, MIN_BUCKET)
-        if bucket > MIN_SPLIT and left <= bucket * 3 // 4:
+        bucket = max(MIN_BUCKET, 1 << (left - 1).bit_length())
+        most = bucket * 7 // 8 if bucket >= MIN_FINE_SPLIT else bucket * 3 // 4
+        if bucket > MIN_SPLIT and left <= most:
             bucket //= 2
         sizes.append(bucket)
         left -= bucket

@@ -9,9 +9,10 @@ import pallas_kernels.flash_attention as flash_attention
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import cache as kv_cache
 from falcon_jax.model import positions
-from falcon_jax.model.linear import Linear
+from falcon_jax.model.linear import Linear, apart
 from falcon_jax.model.step import Step
 from pallas_kernels.flash_attention.reference import attention_probabilities
+from pallas_kernels.rotary import rotate
 
 
 class Attention(nnx.Module):
@@ -29,8 +30,11 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], step: Step, slots: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """The attention output and, where `slots` (this layer's cached keys and values) came in, the new ones."""
-        q, k = self.rotate(self.query(x), self.key(x), step)
-        out, slots = self.attend(q, k, self.value(x), step, slots)
+        # Grouped keys and values are small: to join their products is worth it.
+        x, for_key, *more = apart(x, 3 if self.key.outputs == self.query.outputs else 2)
+        for_value = more[0] if more else for_key
+        q, k = self.rotate(self.query(x), self.key(for_key), step)
+        out, slots = self.attend(q, k, self.value(for_value), step, slots)
         return self.output(out), slots
 
     def attend(
@@ -46,7 +50,7 @@ class Attention(nnx.Module):
         if slots is not None:
             kept = kv_cache.write(slots[0], k, step.offsets), kv_cache.write(slots[1], v, step.offsets)
         if kept and step.reads_cache:
-            return self._attend_to_cache(q, *kept, step), kept
+            return self.attend_to_cache(q, *kept, step), kept
         return flash_attention.attention(q, self._rotate_late(k, step), v, **step.attention_arguments()), kept
 
     def probabilities(self, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B N T T"]:
@@ -56,7 +60,7 @@ class Attention(nnx.Module):
         scale = q.shape[-1] ** -0.5
         return attention_probabilities(q, k, step.offsets, None, step.slopes, step.alibi, scale)
 
-    def _attend_to_cache(
+    def attend_to_cache(
         self, q: Float[Array, "rows T N H"], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"], step: Step
     ) -> Float[Array, "rows T N H"]:
         """Queries at positions offsets[b] + t against all that the cache holds, the tokens at hand included."""
@@ -71,14 +75,14 @@ class Attention(nnx.Module):
         """Turns queries and keys by their positions, where the model has RoPE and the cache holds turned keys."""
         if step.rotary is not None:
             cos, sin = step.rotary
-            q = positions.rotate(q, _rows(cos, q.shape[0]), _rows(sin, q.shape[0]))
+            q = rotate(q, _rows(cos, q.shape[0]), _rows(sin, q.shape[0]))
             if not self.rotates_cached_keys:
-                k = positions.rotate(k, cos, sin)
+                k = rotate(k, cos, sin)
         return q, k
 
     def _rotate_late(self, keys: Array, step: Step) -> Array:
         """Under dynamic scaling, turns all keys of the row by the frequencies of its present length."""
-        return positions.rotate(keys, *step.key_rotary) if step.key_rotary is not None else keys
+        return rotate(keys, *step.key_rotary) if step.key_rotary is not None else keys
 
 
 def _rows(angles: Float[Array, "B T H"], num_rows: int) -> Array:

@@ -92,6 +92,13 @@ def write(
     return jax.lax.optimization_barrier(written)
 
 
+def places(lengths: Int[Array, " B"], num_columns: int, capacity: int) -> Int[Array, " tokens"]:
+    """Where `write` puts T entries a row, counted over the slots of all rows; one past the last slot for none."""
+    columns = lengths[:, None] + jnp.arange(num_columns, dtype=jnp.int32)[None, :]
+    rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.where(columns < capacity, rows * capacity + columns, lengths.shape[0] * capacity).reshape(-1)
+
+
 def cache_bytes(config: FalconConfig, batch_size: int, num_tokens: int, dtype: DTypeLike) -> int:
     """Bytes that keys and values of `batch_size` rows of `num_tokens` tokens take."""
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize

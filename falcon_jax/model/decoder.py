@@ -21,9 +21,9 @@ from falcon_jax.config import FalconConfig
 from falcon_jax.model import stages
 from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
-from falcon_jax.model.linear import LayerNorm, Linear, declare, multiply
+from falcon_jax.model.linear import LayerNorm, Linear, apart, declare, multiply
 from falcon_jax.model.step import ForwardOptions, Step, spans
-from pallas_kernels.quantized_matmul import MAX_ROWS
+from pallas_kernels.quantized_matmul import MAX_ROWS, exact_gelu
 
 __all__ = ["FalconDecoder", "ForwardOptions"]
 
@@ -46,8 +46,7 @@ class MLP(nnx.Module):
         self.down = Linear((config.mlp_width,), (config.width,), bias=config.bias, weights=weights)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = self.up(x)
-        return self.down(jax.nn.gelu(hidden.astype(jnp.float32), approximate=False).astype(hidden.dtype))
+        return self.down(exact_gelu(self.up(x)))
 
 
 class Block(nnx.Module):
@@ -67,7 +66,8 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], step: Step, slots: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         normed = self.attention_norm(x)
-        attended, slots = self.attention(normed, step, slots)
+        normed, for_attention = apart(normed, 2)
+        attended, slots = self.attention(for_attention, step, slots)
         if not self.parallel:
             x = self._dropout(attended, step, 0) + x
             return self._dropout(self.mlp(self.mlp_norm(x)), step, 1) + x, slots

@@ -48,6 +48,15 @@ def multiply(
     return jax.lax.platform_dependent(x, weight, cpu=twice, default=plain)
 
 
+def apart(x: Array, count: int) -> tuple[Array, ...]:
+    """`x` as several values, for products with weights too large to be joined.
+
+    XLA joins products of one value up to a size that is far too large for us: in every call it copies their weights
+    side by side first (benchmarks/LOG.md).
+    """
+    return jax.lax.optimization_barrier((x,) * count)
+
+
 class Linear(nnx.Module):
     """A product with a weight of any shape [*inputs, *outputs], then the bias [*outputs].
 
@@ -72,7 +81,7 @@ class Linear(nnx.Module):
         # One plain matrix product, whatever the shapes: XLA has its fast paths for those.
         x = x.reshape(*leading, math.prod(self.inputs))
         if isinstance(self.weight, Quantized):
-            product = quantized_matmul(x, self.weight.arrays(), math.prod(self.outputs))
+            product = quantized_matmul(x, self.weight.arrays(), self.num_outputs)
         else:
             product = multiply(x, self._native_matrix())
         product = product.reshape(*leading, *self.outputs)
@@ -85,13 +94,16 @@ class Linear(nnx.Module):
         return self._native_matrix()
 
     def _native_matrix(self) -> Float[Array, "I O"]:
-        return self.weight[...].reshape(math.prod(self.inputs), math.prod(self.outputs))
+        return self.weight[...].reshape(math.prod(self.inputs), self.num_outputs)
 
-    def product(self, x: Float[Array, "R I"], activation: str | None = None) -> Product:
-        """What the projection is of rows of inputs, for a launch that computes several."""
-        num_outputs = math.prod(self.outputs)
-        bias = self.bias[...].reshape(num_outputs) if hasattr(self, "bias") else None
-        return Product(x, self.matrix(), num_outputs, bias, activation)
+    @property
+    def num_outputs(self) -> int:
+        return math.prod(self.outputs)
+
+    def product(self, x: Float[Array, "R I"], activation: str | None = None, **rest: Any) -> Product:
+        """What the projection is of rows of inputs, for a launch that computes several. `rest`: as Product has it."""
+        bias = self.bias[...].reshape(self.num_outputs) if hasattr(self, "bias") else None
+        return Product(x, self.matrix(), self.num_outputs, bias, activation, **rest)
 
 
 class Quantized(nnx.Module):

@@ -48,15 +48,6 @@ def rotary_angles(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(
-    x: Float[Array, "B T M H"], cos: Float[Array, "B T H"], sin: Float[Array, "B T H"]
-) -> Float[Array, "B T M H"]:
-    """Rotates each head's pairs (h, h + H/2); cos and sin are rounded to x's dtype first, as Falcon was trained."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * cos[:, :, None].astype(x.dtype) + turned * sin[:, :, None].astype(x.dtype)
-
-
 def keeps_unrotated_keys(config: FalconConfig) -> bool:
     """Whether the cache must hold keys before rotation: dynamic scaling turns old keys anew as a row grows."""
     return config.rope is not None and config.rope.scaling == "dynamic"

@@ -3,6 +3,7 @@
 With a few rows a layer is as fast as its weights come out of memory, and each launch costs as much as megabytes of
 them. Here a parallel layer is an input stage (all projections of the normalized input, GELU included), attention, and
 an output stage (projections, residual and the norms that the next layer reads); a sequential one has two of each.
+Heads of 64 are rotated by the input stage, which also puts keys and values where the cache holds them.
 
 Rows are the tokens of all sequences, one after the other, filled up to a multiple of 8 with rows that mean nothing:
 no stage mixes rows.
@@ -12,16 +13,19 @@ The trap: results differ from the plain layers' by rounding, as sums stay in flo
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from falcon_jax.model import cache as kv_cache
 from falcon_jax.model.step import Step
 from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm
-from pallas_kernels.quantized_matmul import in_eights, project
+from pallas_kernels.quantized_matmul import SIDE, Product, in_eights, project
 
 if TYPE_CHECKING:
     from falcon_jax.model.cache import KVCache
@@ -51,18 +55,41 @@ def run(
     B, T, D = x.shape
     residual = in_eights(x)
     layers = list(decoder.layers)
-    following = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
+    norms_after = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
     normed = [norm(residual) for norm in _input_norms(layers[0])]
+    shared = _Run(step, implementation, *_positions(decoder, step, cache, residual.shape[0]))
     counter = jnp.zeros(1, jnp.int32)
     kept = []
-    for i, (block, norms) in enumerate(zip(layers, following, strict=True)):
+    for i, (block, norms) in enumerate(zip(layers, norms_after, strict=True)):
         with jax.named_scope(f"layer_{i}"):
             slots = cache.keys[i], cache.values[i]
-            residual, normed, counter, slots = _layer(
-                block, residual, normed, norms, counter, step, slots, implementation
-            )
+            residual, normed, counter, slots = _layer(block, residual, normed, norms, counter, shared, slots)
             kept.append(slots)
     return normed[0][: B * T].reshape(B, T, D), kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all layers share. rotary: cos and sin by which the input stage rotates; places: where it puts keys and
+    values; None where that is done after it."""
+
+    step: Step
+    implementation: str | None
+    rotary: tuple[Float[Array, "R 32"], Float[Array, "R 32"]] | None
+    places: Int[Array, " tokens"] | None
+
+
+def _positions(decoder: FalconDecoder, step: Step, cache: KVCache, num_rows: int):
+    """`_Run`'s last two."""
+    rotary = None
+    if step.rotary is not None:
+        if decoder.config.head_dim != SIDE:
+            return None, None
+        half = [angles[..., : SIDE // 2].reshape(-1, SIDE // 2) for angles in step.rotary]
+        cos, sin = (jnp.pad(angles, ((0, num_rows - angles.shape[0]), (0, 0))) for angles in half)
+        dtype = cache.keys[0].dtype
+        rotary = cos.astype(dtype), sin.astype(dtype)
+    return rotary, kv_cache.places(step.offsets, step.num_columns, cache.capacity)
 
 
 def _input_norms(block: Block) -> list[LayerNorm]:
@@ -76,10 +103,11 @@ def _layer(
     normed: list[Float[Array, "R D"]],
     norms: list[LayerNorm],
     counter: Array,
-    step: Step,
+    run: _Run,
     slots: tuple[Array, Array],
-    implementation: str | None,
 ):
+    """A layer, before which `normed` was made, and at the end of which `norms` are."""
+
     def finish(xs, projections, residual, norms, counter):
         biases = [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")]
         return attention_norm(
@@ -90,34 +118,57 @@ def _layer(
             biases=biases,
             epsilon=norms[0].epsilon,
             counter=counter,
-            implementation=implementation,
+            implementation=run.implementation,
         )
 
     attention, mlp = block.attention, block.mlp
-    products = [projection.product(normed[0]) for projection in (attention.query, attention.key, attention.value)]
-    if block.parallel:
-        products.append(mlp.up.product(normed[-1], "gelu"))
-    q, k, v, *hidden = project(products, implementation=implementation)
-    attended, slots = _attend(block, q, k, v, step, slots)
     if block.parallel:
         projections = [attention.output, mlp.down]
+        up = [mlp.up.product(normed[-1], "gelu")]
+        attended, slots, hidden = _attend(block, normed[0], up, run, slots)
         return *finish([attended, *hidden], projections, residual, norms, counter), slots
+    attended, slots, _ = _attend(block, normed[0], [], run, slots)
     residual, normed, counter = finish([attended], [attention.output], residual, [block.mlp_norm], counter)
-    hidden = project([mlp.up.product(normed[0], "gelu")], implementation=implementation)
+    hidden = project([mlp.up.product(normed[0], "gelu")], implementation=run.implementation)
     return *finish(hidden, [mlp.down], residual, norms, counter), slots
 
 
 def _attend(
-    block: Block, q: Array, k: Array, v: Array, step: Step, slots: tuple[Array, Array]
-) -> tuple[Float[Array, "R NH"], tuple[Array, Array]]:
-    """Attention of rows [R, heads x H] to the cache, which gets their keys and values first."""
-    num_rows, (B, _, K, H) = q.shape[0], slots[0].shape
-    T = step.num_columns
-    k, v = (x[: B * T].reshape(B, T, K, H) for x in (k, v))
+    block: Block,
+    normed: Float[Array, "R D"],
+    others: list[Product],
+    run: _Run,
+    slots: tuple[Array, Array],
+) -> tuple[Float[Array, "R NH"], tuple[Array, Array], list[Array]]:
+    """The input stage, `others` in the same launch, and attention of all rows to the cache with their keys and values.
+
+    Returns:
+      Attention's output [R, heads x H], the cache's keys and values, and what `others` come to.
+    """
+    attention, step, (B, S, K, H) = block.attention, run.step, slots[0].shape
+    T, num_rows = step.num_columns, normed.shape[0]
+    stage = functools.partial(project, implementation=run.implementation)
+    if run.places is None:
+        products = [projection.product(normed) for projection in (attention.query, attention.key, attention.value)]
+        q, k, v, *made = stage([*products, *others])
+    else:
+        keys, values = (x.reshape(B * S, K * H) for x in slots)
+        key_rotary = None if attention.rotates_cached_keys else run.rotary
+        products = [
+            attention.query.product(normed, rotary=run.rotary),
+            attention.key.product(normed, rotary=key_rotary, slots=(keys, run.places)),
+            attention.value.product(normed, slots=(values, run.places)),
+        ]
+        q, k, v, *made = stage([*products, *others])
     # Single tokens keep the rows that mean nothing: to cut them off and put them on again would be two launches.
     q = q.reshape(num_rows, 1, -1, H) if T == 1 else q[: B * T].reshape(B, T, -1, H)
-    q, k = block.attention.rotate(q, k, step)
-    out, kept = block.attention.attend(q, k, v, step, slots)
-    assert kept is not None  # slots came in
+    if run.places is None:
+        k, v = (x[: B * T].reshape(B, T, K, H) for x in (k, v))
+        q, k = attention.rotate(q, k, step)
+        out, kept = attention.attend(q, k, v, step, slots)
+        assert kept is not None  # slots came in
+    else:
+        kept = k.reshape(slots[0].shape), v.reshape(slots[1].shape)
+        out = attention.attend_to_cache(q, *kept, step)
     out = out.reshape(-1, out.shape[2] * H)
-    return jnp.pad(out, ((0, num_rows - out.shape[0]), (0, 0))), kept
+    return jnp.pad(out, ((0, num_rows - out.shape[0]), (0, 0))), kept, made

@@ -35,17 +35,8 @@ from pallas_kernels import compat
 from pallas_kernels.hopper import fence_memory, store
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
-from pallas_kernels.quantized_matmul.product import form_of
-from pallas_kernels.quantized_matmul.stream import (
-    ROWS,
-    Operand,
-    Plan,
-    Stream,
-    arrays_of,
-    fitting_plan,
-    run,
-    scratch,
-)
+from pallas_kernels.quantized_matmul.plan import Launch, Plan, output_launch
+from pallas_kernels.quantized_matmul.stream import ROWS, Stream, arrays_of, run, scratch
 
 PER_OUTPUT = ROWS.reduce(0)
 
@@ -62,50 +53,21 @@ def attention_norm_mosaic(
     plan: Plan | None = None,
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, "1"]]:
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the counter for the next launch."""
-    num_rows, width = residual.shape
-    num_sms = compat.num_sms()
-    if plan is None:
-        plan = default_plan(form_of(weights[0]), width, num_rows, len(norms), num_sms)
     return _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], counter,
-        epsilon=epsilon, plan=plan, num_sms=num_sms, interpretable=compat.interpreting(),
+        epsilon=epsilon, plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
-
-
-def default_plan(form: str, width: int, num_rows: int, num_norms: int, num_sms: int) -> Plan:
-    """One or two blocks a multiprocessor, several of them on a tile where there are fewer tiles."""
-    tiles = -(-width // TILE)
-    splits = 1
-    while tiles * splits * 2 <= num_sms + num_sms // 8 and splits < 8 and num_rows <= 32:
-        splits *= 2
-    # Blocks of one cluster find their place wherever they may be: several fit each multiprocessor, so all run at once.
-    per_sm, most_warpgroups = (1, 4) if splits == 1 else (2, 2)
-    if form == "int4" and tiles * splits > num_sms and splits > 1 and num_rows <= 16:
-        # Multiprocessors with two blocks would take twice as long: int4 waits for arithmetic as well.
-        splits, per_sm, most_warpgroups = 2 * splits, 4, 1
-    at_once = -(-tiles // num_sms)
-    after = (at_once + num_norms) * num_rows * TILE * 2 + at_once * (2 * num_norms + 2) * TILE * 2
-    return fitting_plan(
-        form,
-        num_rows,
-        compat.MAX_SMEM_BYTES // per_sm - 2048 - after,
-        width=at_once,
-        splits=splits,
-        most_warpgroups=most_warpgroups,
-        producer=per_sm == 4,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "plan", "num_sms", "interpretable"))
 def _launch(
     xs, weights, biases, residual, norms, counter,
-    *, epsilon: float, plan: Plan, num_sms: int, interpretable: bool,
+    *, epsilon: float, plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
     num_rows, width = residual.shape
-    num_tiles = -(-width // TILE)
-    num_blocks = -(-num_tiles // plan.width)
-    settings = _Settings(plan, num_rows, width, num_tiles, num_blocks, len(norms), len(biases), epsilon, interpretable)
-    operands = [Operand(form_of(weight), x.shape[1], width) for x, weight in zip(xs, weights, strict=True)]
+    launch = output_launch(weights, width, num_rows, len(norms), num_sms, plan)
+    plan, num_tiles, num_blocks = launch.plan, launch.num_tiles, launch.num_blocks
+    settings = _Settings(launch, num_rows, width, len(norms), len(biases), epsilon, interpretable)
     inputs = {
         "xs": list(xs),
         "weights": [arrays_of(weight) for weight in weights],
@@ -131,11 +93,9 @@ def _launch(
 
         def make(warpgroup: Any) -> Stream:
             return Stream(
-                operands, arrays["xs"], arrays["weights"], smem, plan,
-                warpgroup=warpgroup,
-                block=(block, num_blocks),
-                share=(split * plan.warpgroups + warpgroup, plan.splits * plan.warpgroups),
-                interpretable=interpretable,
+                launch, arrays["weights"],
+                block=block, split=split, warpgroup=warpgroup,
+                xs=arrays["xs"], smem=smem, interpretable=interpretable,
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
@@ -144,7 +104,7 @@ def _launch(
         run(plan, warpgroup, make, consume)
 
     tile = functools.partial(plgpu.SMEM, dtype=residual.dtype)
-    smem = scratch(operands[0], plan, num_rows) | {
+    smem = scratch(launch, num_rows) | {
         "tiles": tile((plan.width, num_rows, TILE)),
         "normed": tile((len(norms), num_rows, TILE)),
         "columns": tile((plan.width, len(inputs["columns"]), TILE)),
@@ -178,15 +138,21 @@ def _launch(
 class _Settings:
     """What a kernel is compiled for."""
 
-    plan: Plan
+    launch: Launch
     num_rows: int
     width: int
-    num_tiles: int
-    num_blocks: int
     num_norms: int
     num_biases: int
     epsilon: float
     interpretable: bool
+
+    @property
+    def plan(self) -> Plan:
+        return self.launch.plan
+
+    @property
+    def num_tiles(self) -> int:
+        return self.launch.num_tiles
 
 
 class _Block:
@@ -272,7 +238,7 @@ class _Block:
             plgpu.barrier_arrive(self.smem["met"])
             plgpu.barrier_wait(self.smem["met"])
         else:
-            pl.when(self.split == 0)(lambda: _meet(self.arrays["counter"], self.block, settings.num_blocks))
+            pl.when(self.split == 0)(lambda: _meet(self.arrays["counter"], self.block, settings.launch.num_blocks))
 
         @pl.when(self.split == 0)
         def _normalize():

@@ -10,15 +10,18 @@ from pallas_kernels.quantized_matmul.formats import (
     quantize,
     storage,
 )
-from pallas_kernels.quantized_matmul.product import MAX_ROWS, Product, in_eights, reason_against
+from pallas_kernels.quantized_matmul.product import MAX_ROWS, SIDE, Product, in_eights, reason_against
+from pallas_kernels.quantized_matmul.reference import exact_gelu
 
 __all__ = [
     "FORMS",
     "MAX_ROWS",
+    "SIDE",
     "TILE_OUTPUTS",
     "Product",
     "QuantizedWeight",
     "dequantize",
+    "exact_gelu",
     "in_eights",
     "project",
     "quantize",

@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.quantized_matmul.formats import QuantizedWeight
-from pallas_kernels.quantized_matmul.product import Product, in_eights, reason_against_products
-from pallas_kernels.quantized_matmul.reference import matmul_xla
+from pallas_kernels.quantized_matmul.product import SIDE, Product, in_eights, reason_against_products
+from pallas_kernels.quantized_matmul.reference import exact_gelu, matmul_xla
+from pallas_kernels.rotary import rotate
 
 
 def quantized_matmul(
@@ -44,6 +44,9 @@ def project(products: Sequence[Product], *, implementation: str | None = None) -
       implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows: one launch), "xla", or None for the first that
         takes the call.
 
+    Returns:
+      [..., O] of each product, in x's dtype; of one with slots those, [S, O].
+
     Raises:
       ValueError: a weight that does not fit its x, or an unknown `implementation`.
       NotImplementedError: the named implementation cannot take these arguments.
@@ -56,10 +59,16 @@ def project(products: Sequence[Product], *, implementation: str | None = None) -
 
     from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
-    made = project_mosaic([dataclasses.replace(product, x=in_eights(product.x)) for product in products])
-    shapes = [(*product.x.shape[:-1], product.num_outputs) for product in products]
-    num_rows = products[0].x.size // products[0].x.shape[-1]
-    return [y[:num_rows].reshape(shape) for y, shape in zip(made, shapes, strict=True)]
+    made = project_mosaic([_in_eights(product) for product in products])
+    return [
+        y if product.slots is not None else y[: product.num_rows].reshape(*product.x.shape[:-1], product.num_outputs)
+        for y, product in zip(made, products, strict=True)
+    ]
+
+
+def _in_eights(product: Product) -> Product:
+    rotary = None if product.rotary is None else tuple(map(in_eights, product.rotary))
+    return dataclasses.replace(product, x=in_eights(product.x), rotary=rotary)
 
 
 def _project_xla(product: Product) -> Array:
@@ -71,7 +80,13 @@ def _project_xla(product: Product) -> Array:
     if product.bias is not None:
         y = y + product.bias
     if product.activation == "gelu":
-        y = jax.nn.gelu(y.astype(jnp.float32), approximate=False).astype(y.dtype)
+        y = exact_gelu(y)
+    if product.rotary is not None:
+        heads = y.reshape(product.num_rows, -1, SIDE)
+        y = rotate(heads, *(jnp.concatenate([angles] * 2, axis=-1) for angles in product.rotary)).reshape(y.shape)
+    if product.slots is not None:
+        array, places = product.slots
+        return array.at[places].set(y.reshape(-1, y.shape[-1])[: len(places)], mode="drop")
     return y
 
 

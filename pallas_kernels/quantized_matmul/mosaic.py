@@ -12,75 +12,106 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import LOG2E
+from pallas_kernels.hopper import LOG2E, store
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.product import Product, form_of
-from pallas_kernels.quantized_matmul.stream import (
-    ROWS,
-    Operand,
-    Plan,
-    Stream,
-    arrays_of,
-    fitting_plan,
-    run,
-    scratch,
-)
+from pallas_kernels.quantized_matmul.plan import Plan, input_launch
+from pallas_kernels.quantized_matmul.product import Product
+from pallas_kernels.quantized_matmul.stream import HALF_ROWS, ROWS, Stream, arrays_of, run, scratch
 
 
-def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> list[Float[Array, "R O"]]:
+def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> list[Float[Array, "_ O"]]:
     """All products, in one launch. Weights of one form, all with as many inputs.
 
     Rows are a multiple of 8 here: what stands in the last ones may be anything, and makes anything.
     """
-    if plan is None:
-        num_rows = products[0].x.shape[0]
-        available = compat.MAX_SMEM_BYTES - 1024 - 4 * num_rows * TILE * 2  # tiles on their way out
-        form = form_of(products[0].weight)
-        # Of three forms int4 alone gains by a producer, a quarter: the rest waits for memory in any case.
-        plan = fitting_plan(form, num_rows, available, producer=form == "int4")
-    return _launch(list(products), plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting())
+    interpretable = compat.interpreting()
+    return _launch(list(products), plan=plan, num_sms=compat.num_sms(), interpretable=interpretable)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "num_sms", "interpretable"))
-def _launch(products: list[Product], *, plan: Plan, num_sms: int, interpretable: bool) -> list[Array]:
-    num_rows, num_inputs = products[0].x.shape
-    operands, num_tiles = [], 0
-    for product in products:
-        operands.append(Operand(form_of(product.weight), num_inputs, product.num_outputs, num_tiles))
-        num_tiles += operands[-1].num_tiles
-    num_blocks = min(num_sms, -(-num_tiles // plan.width))
-    out_types = [jax.ShapeDtypeStruct((num_rows, product.num_outputs), product.x.dtype) for product in products]
-    inputs = [[product.x, product.bias, *arrays_of(product.weight)] for product in products]
+def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpretable: bool) -> list[Array]:
+    num_rows = products[0].x.shape[0]
+    weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
+    launch = input_launch(weights, outputs, num_rows, num_sms, plan)
+    plan, operands = launch.plan, launch.operands
+    # Where a result goes into slots, they are an argument that the kernel writes to.
+    out_types = [
+        jax.ShapeDtypeStruct((num_rows, product.num_outputs), product.x.dtype)
+        for product in products
+        if product.slots is None
+    ]
+    inputs = {
+        "products": [
+            {
+                "x": product.x,
+                "weights": arrays_of(product.weight),
+                "bias": product.bias,
+                "rotary": product.rotary,
+                "slots": product.slots and (jax.new_ref(product.slots[0]), product.slots[1]),
+            }
+            for product in products
+        ],
+    }
     flat, treedef = jax.tree.flatten(inputs)
 
     def body(*refs: Any, smem: dict[str, Any], out_smem: Any) -> None:
-        given, outs = treedef.unflatten(refs[: len(flat)]), refs[len(flat) :]
-        xs, biases, weights = [g[0] for g in given], [g[1] for g in given], [g[2:] for g in given]
+        arrays, made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
+        given = arrays["products"]
+        outs = [next(made) if product.slots is None else None for product in products]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
 
         def make(warpgroup: Any) -> Stream:
             return Stream(
-                operands, xs, weights, smem, plan,
-                warpgroup=warpgroup,
-                block=(block, num_blocks),
-                share=(warpgroup, plan.warpgroups),
-                interpretable=interpretable,
+                launch, [g["weights"] for g in given],
+                block=block, split=jnp.int32(0), warpgroup=warpgroup,
+                xs=[g["x"] for g in given], smem=smem, interpretable=interpretable,
             )  # fmt: skip
 
         def finish(stream: Stream, number: Any, tile: Any, k: int) -> None:
-            own_smem = out_smem.at[warpgroup]
-            y = stream.gathered(number).astype(own_smem.dtype)
-            outputs = pl.ds((tile - operands[k].first_tile) * TILE, TILE)
-            if biases[k] is not None:
-                bias = plgpu.load(biases[k].at[outputs], layout=ROWS.reduce(0), optimized=False)
-                y = y + lax.broadcast_in_dim(bias, y.shape, [1])
-            if products[k].activation == "gelu":
-                y = gelu(y.astype(jnp.float32)).astype(y.dtype)
+            """Adds up what all warpgroups have left of a tile, and sends it off."""
+            own_smem, product, arrays = out_smem.at[warpgroup], products[k], given[k]
+            first = (tile - operands[k].first_tile) * TILE
+
+            def part(half: int | None = None) -> Any:
+                """The tile as float32 of its own dtype's precision, or a half of it."""
+                y = stream.gathered(number, half).astype(own_smem.dtype)
+                if arrays["bias"] is not None:
+                    outputs, layout = pl.ds(first, TILE), ROWS
+                    if half is not None:
+                        outputs, layout = pl.ds(first + half * TILE // 2, TILE // 2), HALF_ROWS
+                    bias = plgpu.load(arrays["bias"].at[outputs], layout=layout.reduce(0), optimized=False)
+                    y = y + lax.broadcast_in_dim(bias, y.shape, [1])
+                y = y.astype(jnp.float32)
+                return gelu(y).astype(own_smem.dtype).astype(jnp.float32) if product.activation == "gelu" else y
+
+            if product.rotary is None:
+                parts = {(0, TILE): part()}
+            else:
+                cos, sin = (
+                    plgpu.load(angles, layout=HALF_ROWS, optimized=False).astype(jnp.float32)
+                    for angles in arrays["rotary"]
+                )
+                one, other = part(0), part(1)
+                parts = {
+                    (0, TILE // 2): one * cos - other * sin,
+                    (TILE // 2, TILE // 2): other * cos + one * sin,
+                }
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this warpgroup's tile before
             plgpu.commit_smem()
-            own_smem[...] = y
+            for (start, size), y in parts.items():
+                store(own_smem.at[:, pl.ds(start, size)], y.astype(own_smem.dtype))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_smem, outs[k].at[:, outputs])
+            outputs = pl.ds(first, TILE)
+            if product.slots is None:
+                plgpu.copy_smem_to_gmem(own_smem, outs[k].at[:, outputs])
+                return
+            slots, places = arrays["slots"]
+
+            def put(row: Any, carry: None) -> None:
+                plgpu.copy_smem_to_gmem(own_smem.at[pl.ds(row, 1)], slots.at[pl.ds(places[row], 1), outputs])
+                return carry
+
+            lax.fori_loop(0, places.shape[0], put, None)
 
         def consume(stream: Stream) -> None:
             stream.begin()
@@ -101,20 +132,25 @@ def _launch(products: list[Product], *, plan: Plan, num_sms: int, interpretable:
 
         run(plan, warpgroup, make, consume)
 
-    return plgpu.kernel(
+    made = plgpu.kernel(
         body,
         out_type=out_types,
-        grid=(num_blocks,),
+        grid=(launch.num_blocks,),
         grid_names=("block",),
         num_threads=plan.all_warpgroups,
         thread_name="warpgroup",
         kernel_name="project",
         compiler_params=parameters(interpretable),
         scratch_types={
-            "smem": scratch(operands[0], plan, num_rows),
+            "smem": scratch(launch, num_rows),
             "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
         },
     )(*flat)
+    results = iter(made)
+    return [
+        next(results) if product.slots is None else jax.freeze(arrays["slots"][0])
+        for product, arrays in zip(products, inputs["products"], strict=True)
+    ]
 
 
 def parameters(interpretable: bool) -> Any:

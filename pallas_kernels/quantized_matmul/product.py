@@ -29,6 +29,9 @@ class Product:
     num_outputs: O.
     bias: [O] or None, added to the product rounded to x's dtype.
     activation: None, or "gelu" (exact).
+    rotary: None, or cos and sin [rows, 32] by which the two halves of every 64 outputs, a head, are rotated at last.
+    slots: None, or where the result goes instead, into an array [S, O] in x's dtype that the caller gives up: each
+      row's place in it, int32 [rows], S or more for none. Rows of x past these places are dropped.
     """
 
     x: Any
@@ -36,10 +39,28 @@ class Product:
     num_outputs: int = dataclasses.field(metadata={"static": True})
     bias: Any = None
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
+    rotary: tuple[Any, Any] | None = None
+    slots: tuple[Any, Any] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.x.shape[:-1])
 
     def check(self, caller: str) -> None:
         """Raises ValueError, in the name of `caller`, where the weight or the bias does not fit x."""
-        x, weight, num_outputs = self.x, self.weight, self.num_outputs
+        x, weight, num_outputs, num_rows = self.x, self.weight, self.num_outputs, self.num_rows
+        if self.rotary is not None and (
+            num_outputs % SIDE or any(angles.shape != (num_rows, SIDE // 2) for angles in self.rotary)
+        ):
+            shapes = [angles.shape for angles in self.rotary]
+            raise ValueError(f"{caller}: cos and sin {shapes} do not rotate {num_rows} rows of {num_outputs} outputs")
+        if self.slots is not None:
+            array, places = self.slots
+            if (array.ndim, array.shape[-1], array.dtype) != (2, num_outputs, x.dtype) or len(places) > num_rows:
+                raise ValueError(
+                    f"{caller}: slots {array.shape} of {array.dtype} with {len(places)} places do not take {num_rows} "
+                    f"rows of {num_outputs} outputs of {x.dtype}"
+                )
         if self.bias is not None and self.bias.shape != (num_outputs,):
             raise ValueError(f"{caller}: a bias {self.bias.shape} does not fit {num_outputs} outputs")
         if not isinstance(weight, QuantizedWeight):
@@ -82,7 +103,7 @@ def reason_against_products(products: Sequence[Product]) -> str | None:
         if forms == ["native"] and product.weight.dtype != product.x.dtype:
             return f"it takes x and weights of one dtype, not {product.x.dtype} and {product.weight.dtype}"
         sizes = product.x.shape[-1], product.num_outputs
-        if (reason := reason_against(math.prod(product.x.shape[:-1]), sizes, product.x.dtype)) is not None:
+        if (reason := reason_against(product.num_rows, sizes, product.x.dtype)) is not None:
             return reason
     return None
 

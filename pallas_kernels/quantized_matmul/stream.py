@@ -16,7 +16,6 @@ and are added up (the output stage). What differs is `Operand.first_tile`.
 Letters: I inputs, O outputs, R rows of x, a multiple of 8; the last may be anything, rows do not mix.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,82 +30,19 @@ from pallas_kernels import compat
 from pallas_kernels.hopper import filled, tiled
 from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, storage
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
+from pallas_kernels.quantized_matmul.fragments import DEPTH, OFFSETS, fragments
+from pallas_kernels.quantized_matmul.plan import Launch, Plan
 
 MATRIX = plgpu.Layout.WGMMA
-# [8 rows, 64 outputs]: a warp has two rows, a thread four outputs of one.
-ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a block works.
-
-    warpgroups: of a block. stages: chunks that each has in flight.
-    width: tiles of 64 outputs at once, which share what is read of x. groups: of 128 inputs, in a chunk.
-    splits: blocks that share out the inputs.
-    producer: one more warpgroup, each of whose warps starts the copies of one of the others.
-    """
-
-    warpgroups: int = 4
-    stages: int = 3
-    width: int = 1
-    groups: int = 1
-    splits: int = 1
-    producer: bool = False
-
-    @property
-    def all_warpgroups(self) -> int:
-        """Of a block, a producer too."""
-        return self.warpgroups + self.producer
-
-    def smem_bytes(self, form: str, num_rows: int) -> int:
-        """Shared memory of a block, without what comes after the products."""
-        of_tile = {"native": 2 * GROUP * TILE, "int8": GROUP * TILE + 4 * TILE, "int4": GROUP * TILE // 2 + 2 * TILE}
-        chunk = self.groups * (self.width * of_tile[form] + 2 * GROUP * num_rows)
-        return self.warpgroups * (self.stages * chunk + 2 * num_rows * TILE * 4)
+def _by_rows(num_outputs: int) -> Any:
+    tiling = plgpu.Tiling(((8, num_outputs), (2, num_outputs), (num_outputs // 16,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def fitting_plan(
-    form: str, num_rows: int, smem_bytes: int, *, width: int = 1, splits: int = 1, most_warpgroups: int = 4,
-    producer: bool = False,
-) -> Plan:  # fmt: skip
-    """The largest chunks of which every warpgroup holds two or more, by what was measured (benchmarks/LOG.md).
-
-    Raises:
-      ValueError: nothing fits.
-    """
-    most_groups = {"native": 1, "int8": 2, "int4": 2 if producer or most_warpgroups == 2 else 4}[form]
-    most_warpgroups = min(most_warpgroups, 3 if form == "native" else 4)
-    for groups in (4, 2, 1):
-        for warpgroups in (most_warpgroups, 2, 1):
-            for stages in (6, 5, 4, 3, 2):
-                plan = Plan(warpgroups, stages, width, groups, splits, producer)
-                fits = plan.smem_bytes(form, num_rows) <= smem_bytes
-                if fits and groups <= most_groups and (warpgroups == most_warpgroups or groups == 1):
-                    return plan
-    raise ValueError(f"{num_rows} rows and {width} tiles at once do not fit {smem_bytes} bytes of shared memory")
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """A weight of a launch. first_tile: of the launch's tiles of 64 outputs; num_tiles: how many are its own."""
-
-    form: str  # "native", "int8", "int4"
-    num_inputs: int
-    num_outputs: int
-    first_tile: int = 0
-
-    @property
-    def num_tiles(self) -> int:
-        return -(-self.num_outputs // TILE)
-
-    @property
-    def num_groups(self) -> int:
-        return -(-self.num_inputs // GROUP)
-
-    def num_chunks(self, plan: Plan) -> int:
-        return -(-self.num_groups // plan.groups)
+# [8 rows, 64 outputs]: a warp has two rows, a thread four outputs of one. And of half as many, two.
+ROWS, HALF_ROWS = _by_rows(TILE), _by_rows(TILE // 2)
 
 
 def arrays_of(weight: Any) -> list[jax.Array]:
@@ -120,10 +56,11 @@ def arrays_of(weight: Any) -> list[jax.Array]:
     return [words, scales.reshape(scales.shape[0], -1, TILE)]
 
 
-def scratch(operand: Operand, plan: Plan, num_rows: int) -> dict[str, Any]:
+def scratch(launch: Launch, num_rows: int) -> dict[str, Any]:
     """Shared memory and barriers of the streams of a block."""
+    form, plan = launch.form, launch.plan
     W, stages, width, groups = plan.warpgroups, plan.stages, plan.width, plan.groups
-    num_copies = 1 + (width if operand.form == "native" else 2 * width)
+    num_copies = 1 + (width if form == "native" else 2 * width)
     parities = 2  # a tile's sums are read while the next tile's are left
     buffers = {
         "x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16),
@@ -133,12 +70,15 @@ def scratch(operand: Operand, plan: Plan, num_rows: int) -> dict[str, Any]:
     }
     if plan.producer:
         buffers["empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=W * stages)
-    if operand.form == "native":
+    if form == "native":
         return buffers | {"weights": tiled(W, stages, width, groups * GROUP, TILE, dtype=jnp.bfloat16)}
-    dtype, count = (jnp.float32, 1) if operand.form == "int8" else (jnp.bfloat16, groups)
-    num_words = storage(operand.form, GROUP, TILE).values.shape[-1]
+    dtype, count = (jnp.float32, 1) if form == "int8" else (jnp.bfloat16, groups)
+    num_words = storage(form, GROUP, TILE).values.shape[-1]
     buffers["weights"] = plgpu.SMEM((W, stages, width, groups, num_words // 128, 128), jnp.int32)
     buffers["scales"] = plgpu.SMEM((W, stages, width, count, TILE), dtype)
+    if OFFSETS[form]:
+        buffers["offset"] = tiled(TILE, DEPTH, dtype=jnp.bfloat16)
+        buffers["offset_filled"] = plgpu.Barrier(num_arrivals=1)
     if compat.interpreting():  # which takes both operands from shared memory
         buffers["codes"] = tiled(W, TILE, DEPTH, dtype=jnp.bfloat16)
     return buffers
@@ -150,45 +90,41 @@ class Stream:
     A block makes `plan.width` tiles at a time, one after the other in the launch, in one or several turns.
 
     Args:
-      operands: all of one form. Those of one launch are either all added up, or have tiles of their own and the same
-        number of inputs.
-      xs, weights: an operand's x [R, I] and arrays in device memory.
+      weights: each operand's arrays in device memory.
+      block, split, warpgroup: whose it is.
+      xs: each operand's x [R, I] in device memory.
       smem: as `scratch` says.
-      block: this one's index, and how many there are.
-      share: (index, count) among all warpgroups that share out a tile's inputs.
     """
 
     def __init__(
         self,
-        operands: Sequence[Operand],
-        xs: Sequence[Any],
+        launch: Launch,
         weights: Sequence[Sequence[Any]],
-        smem: dict[str, Any],
-        plan: Plan,
         *,
+        block: Any,
+        split: Any,
         warpgroup: Any,
-        block: tuple[Any, int],
-        share: tuple[Any, int],
+        xs: Sequence[Any],
+        smem: dict[str, Any],
         interpretable: bool,
     ):
-        self.operands, self.xs, self.weights, self.smem, self.plan = operands, xs, weights, smem, plan
-        self.warpgroup, self.interpretable = warpgroup, interpretable
-        (self.block, self.num_blocks), (self.index, self.num_shares) = block, share
-        self.is_sum = len({operand.first_tile for operand in operands}) == 1
+        self.launch, self.operands, self.plan, self.form = launch, launch.operands, launch.plan, launch.form
+        self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
+        plan, self.is_sum = self.plan, launch.is_sum
+        self.block, self.warpgroup = block, warpgroup
+        # This one's index among those that share out a tile's inputs.
+        self.index, self.num_shares = split * plan.warpgroups + warpgroup, plan.splits * plan.warpgroups
         if not self.is_sum and plan.width != 1:
             raise ValueError(f"tiles of several weights are made one at a time, not {plan.width} as in {plan}")
-        self.form = operands[0].form
-        self.num_rows = xs[0].shape[0]
-        terms = operands if self.is_sum else operands[:1]
+        terms = self.operands if self.is_sum else self.operands[:1]
         self.counts = [
             lax.div(jnp.int32(term.num_chunks(plan) - 1 + self.num_shares) - self.index, jnp.int32(self.num_shares))
             for term in terms
         ]
         self.per_turn = sum(self.counts[1:], self.counts[0])
-        self.num_tiles = max(operand.first_tile + operand.num_tiles for operand in operands)
-        num_sets = -(-self.num_tiles // plan.width)
-        self.has_one_turn = num_sets <= self.num_blocks
-        self.num_turns = lax.div(jnp.int32(num_sets - 1 + self.num_blocks) - self.block, jnp.int32(self.num_blocks))
+        num_sets, num_blocks = -(-launch.num_tiles // plan.width), launch.num_blocks
+        self.has_one_turn = num_sets <= num_blocks
+        self.num_turns = lax.div(jnp.int32(num_sets - 1 + num_blocks) - block, jnp.int32(num_blocks))
         self.total = self.per_turn * self.num_turns
 
     def begin(self) -> None:
@@ -196,6 +132,16 @@ class Stream:
         if not self.plan.producer:
             for n in range(self.plan.stages):
                 self._start(jnp.int32(n))
+        if "offset" in self.smem:
+
+            @pl.when(self.warpgroup == 0)
+            def _fill() -> None:
+                offset = jnp.full((TILE, DEPTH), -OFFSETS[self.form], jnp.bfloat16)
+                self.smem["offset"][...] = plgpu.layout_cast(offset, MATRIX)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(self.smem["offset_filled"])
+
+            plgpu.barrier_wait(self.smem["offset_filled"])
 
     def produce(self) -> None:
         """Starts all copies, as `warpgroup` empties its stages: what a warp of the producer does."""
@@ -219,11 +165,11 @@ class Stream:
 
     def tile(self, turn: Any, i: int) -> Any:
         """The i-th tile of a turn, counted in the launch. The last ones may not exist."""
-        return (self.block + turn * self.num_blocks) * self.plan.width + i
+        return (self.block + turn * self.launch.num_blocks) * self.plan.width + i
 
     def sums(self, turn: Any) -> list[Any]:
         """Partial sums float32 [64 outputs, R] of a turn's tiles."""
-        totals = [filled((TILE, self.num_rows), 0.0, MATRIX) for _ in range(self.plan.width)]
+        totals = [filled((TILE, self.xs[0].shape[0]), 0.0, MATRIX) for _ in range(self.plan.width)]
         start = 0 if self.has_one_turn else turn * self.per_turn
         for count in self.counts:
             totals = lax.fori_loop(0, count, functools.partial(self._add_chunk, start), totals)
@@ -244,7 +190,7 @@ class Stream:
                 pl.when(is_own)(functools.partial(self._copy_term, k, slot, within, [own]))
             return
         # A tile that does not exist is the last one once more.
-        tiles = [jnp.minimum(self.tile(turn, i), self.num_tiles - 1) for i in range(self.plan.width)]
+        tiles = [jnp.minimum(self.tile(turn, i), self.launch.num_tiles - 1) for i in range(self.plan.width)]
         for k, count in enumerate(self.counts):
             pl.when((within >= 0) & (within < count))(functools.partial(self._copy_term, k, slot, within, tiles))
             within = within - count
@@ -319,15 +265,18 @@ class Stream:
             group, i = units[number]
             return fragments(weights.at[i, group], self.form, interpretable=self.interpretable)
 
+        # From shared memory: there are no registers to spare.
+        offsets = [self.smem["offset"]] if "offset" in self.smem else []
         totals, parts = list(totals), operands(0)
         for number, (group, i) in enumerate(units):
 
             def product(accumulator: Any, parts: list[Any] = parts, group: int = group, number: int = number) -> Any:
                 for part, codes in enumerate(parts):
                     inputs = pl.ds(group * GROUP + part * DEPTH, DEPTH)
-                    plgpu.wgmma(accumulator, self._left(codes), x.at[:, inputs].transpose((1, 0)))
-                    if self.interpretable:
-                        plgpu.wgmma_wait(0)
+                    for left in (self._left(codes), *offsets):
+                        plgpu.wgmma(accumulator, left, x.at[:, inputs].transpose((1, 0)))
+                        if self.interpretable:
+                            plgpu.wgmma_wait(0)
                 following = operands(number + 1)  # while the product is under way
                 return accumulator[...], following
 
@@ -338,7 +287,7 @@ class Stream:
         return totals
 
     def _accumulator(self) -> Any:
-        return plgpu.WGMMAAccumulatorRef((TILE, self.num_rows), jnp.float32)
+        return plgpu.WGMMAAccumulatorRef((TILE, self.xs[0].shape[0]), jnp.float32)
 
     def _left(self, codes: Any) -> Any:
         """The left operand: in registers, but for the interpreter in shared memory."""
@@ -361,11 +310,17 @@ class Stream:
         plgpu.barrier_arrive(self.smem["left"].at[parity])
         plgpu.barrier_wait(self.smem["left"].at[parity])
 
-    def gathered(self, number: Any) -> Any:
-        """What all warpgroups have left of a tile, added up in their order: float32 [R, 64 outputs], as ROWS."""
+    def gathered(self, number: Any, half: int | None = None) -> Any:
+        """What all warpgroups have left of a tile, added up in their order: float32 [R, 64 outputs], as ROWS.
+
+        half: 0 or 1 for half the outputs, as HALF_ROWS.
+        """
         parity = lax.rem(jnp.int32(number), jnp.int32(2))
+        outputs, layout = pl.ds(0, TILE), ROWS
+        if half is not None:
+            outputs, layout = pl.ds(half * (TILE // 2), TILE // 2), HALF_ROWS
         parts = [
-            plgpu.load(self.smem["sums"].at[parity, w], layout=ROWS, optimized=False)
+            plgpu.load(self.smem["sums"].at[parity, w, :, outputs], layout=layout, optimized=False)
             for w in range(self.plan.warpgroups)
         ]
         return sum(parts[1:], parts[0])

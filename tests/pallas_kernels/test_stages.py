@@ -10,12 +10,12 @@ import pytest
 from pallas_kernels import compat
 from pallas_kernels.attention_norm import attention_norm
 from pallas_kernels.attention_norm.api import checked_products
-from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic, default_plan
+from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
 from pallas_kernels.attention_norm.reference import attention_norm_reference, attention_norm_xla
 from pallas_kernels.quantized_matmul import Product, project, quantize, quantized_matmul
 from pallas_kernels.quantized_matmul.mosaic import gelu, project_mosaic
+from pallas_kernels.quantized_matmul.plan import Plan, fitting_plan, output_plan
 from pallas_kernels.quantized_matmul.reference import matmul_reference
-from pallas_kernels.quantized_matmul.stream import Plan, fitting_plan
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.tolerance import require_close
 
@@ -132,7 +132,7 @@ def test_gelu_is_exact():
 def test_default_plans_fit_the_hardware(form, num_rows):
     """Of the output stage, for the widths of all models: shared memory of all blocks that have to run at once."""
     for width in (384, 2048, 4096, 4544, 8192, 14848):
-        plan = default_plan(form, width, num_rows, num_norms=2, num_sms=compat.NUM_SMS)
+        plan = output_plan(form, width, num_rows, num_norms=2, num_sms=compat.NUM_SMS)
         num_blocks = -(-width // (64 * plan.width)) * plan.splits
         a_multiprocessor = -(-num_blocks // compat.NUM_SMS)
         assert a_multiprocessor * plan.smem_bytes(form, num_rows) <= compat.MAX_SMEM_BYTES
