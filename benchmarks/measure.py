@@ -23,6 +23,7 @@ from jaxtyping import Int
 from benchmarks import hardware, limits, places
 from benchmarks.limits import Workload
 from benchmarks.places import Say
+from benchmarks.programs import count_programs
 from falcon_jax import Falcon
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import one_line
@@ -111,11 +112,13 @@ class Ours(Contestant):
     folder: Path | None
     dtype: str
     weights: str = "native"
+    cuda_graphs: bool = True
 
     def load(self) -> "OurRunner":
+        how: dict[str, Any] = {"dtype": self.dtype, "weights": self.weights, "cuda_graphs": self.cuda_graphs}
         if self.folder is None:
-            return OurRunner(Falcon.from_config(self.config, dtype=self.dtype, weights=self.weights))
-        return OurRunner(Falcon.from_checkpoint(self.folder, dtype=self.dtype, weights=self.weights))
+            return OurRunner(Falcon.from_config(self.config, **how))
+        return OurRunner(Falcon.from_checkpoint(self.folder, **how))
 
 
 class OurRunner:
@@ -228,15 +231,13 @@ class _Entrant:
         self.runner: Runner | None = None
         self.times: list[Times] = []
         self.found: Result = {}  # of this case
-        self.load_s: float | None = None
+        self.loaded: Result = {"load_s": None}
         self.not_loaded: str | None = None
 
     def load(self) -> None:
         self.say(f"{self.contestant}: loads")
-        begin = time.perf_counter()
-        with self._failing():
+        with self._failing(), self._timing("load", self.loaded):
             self.runner = self.contestant.load()
-            self.load_s = time.perf_counter() - begin
         self.not_loaded = self.found.get("failed")
 
     def warm_up(self, prompts: Int[np.ndarray, "B T"], case: Case) -> None:
@@ -248,9 +249,8 @@ class _Entrant:
         self.say(f"{self.contestant}: {case.name}, first run")
         with self._failing():
             self.runner.begin()
-            begin = time.perf_counter()
-            self.runner.run(prompts, case.workload.new_tokens)
-            self.found["warm_up_s"] = time.perf_counter() - begin
+            with self._timing("warm_up", self.found):
+                self.runner.run(prompts, case.workload.new_tokens)
 
     def take_turn(self, prompts: Int[np.ndarray, "B T"], case: Case) -> None:
         if self.runner is None or "failed" in self.found:
@@ -261,7 +261,7 @@ class _Entrant:
 
     def result(self, case: Case) -> Result:
         named = {"name": self.contestant.name, "dtype": self.contestant.dtype, "weights": self.contestant.weights}
-        result = named | {"load_s": self.load_s} | self.found
+        result = named | self.loaded | self.found
         if self.runner is None or "failed" in self.found:
             return result
         return result | summary(self.times, case.workload) | _peak_record(self.runner.peak())
@@ -269,6 +269,20 @@ class _Entrant:
     def close(self) -> None:
         if self.runner is not None:
             self.runner.close()
+
+    @contextlib.contextmanager
+    def _timing(self, name: str, into: Result) -> Iterator[None]:
+        """Notes the seconds of what may compile, and of ours how many programs were compiled and how many were not."""
+        begin = time.perf_counter()
+        with count_programs() as programs:
+            yield
+        into[f"{name}_s"] = time.perf_counter() - begin
+        if self.contestant.ours:
+            into[f"{name}_programs"] = dataclasses.asdict(programs)
+            self.say(
+                f"{self.contestant}: {into[f'{name}_s']:.1f} s, {programs.compiled} programs compiled, "
+                f"{programs.from_cache} from the cache of earlier runs"
+            )
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -374,11 +388,11 @@ def start_up_s(command: Sequence[str]) -> dict[str, float]:
     return {"first_token_s": first_s, "total_s": time.perf_counter() - begin}
 
 
-def generate_command(folder: Path, dtype: str, new_tokens: int) -> list[str]:
+def generate_command(folder: Path, dtype: str, new_tokens: int, cuda_graphs: str = "on") -> list[str]:
     """The command whose start-up is measured: without compiled programs of earlier runs, so that all runs are alike."""
     script = str(hardware.REPOSITORY / "scripts" / "generate.py")
     options = ["--model", str(folder), "--dtype", dtype, "--max-new-tokens", str(new_tokens)]
-    options += ["--compilation-cache", "off"]
+    options += ["--cuda-graphs", cuda_graphs, "--compilation-cache", "off"]
     return [sys.executable, script, "The lighthouse keeper", *options]
 
 

@@ -38,8 +38,13 @@ def here(function: Callable[..., Iterator[Any]], *arguments: Any, say: Say) -> I
     yield from function(*arguments, say=say)
 
 
-def in_own_process(function: Callable[..., Iterator[Any]], *arguments: Any, say: Say) -> Generator[Any, None, None]:
+def in_own_process(
+    function: Callable[..., Iterator[Any]], *arguments: Any, say: Say, prepare: Callable[[], None] | None = None
+) -> Generator[Any, None, None]:
     """In a fresh process, which is gone when the last value is there.
+
+    Args:
+      prepare: called there before anything else, to settle what holds for a whole process.
 
     Raises:
       ProcessDiedError: it ended without a word, as when the system kills it for its memory.
@@ -47,7 +52,7 @@ def in_own_process(function: Callable[..., Iterator[Any]], *arguments: Any, say:
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(sender, function, arguments))
+    process = context.Process(target=_serve, args=(sender, prepare, function, arguments))
     process.start()
     sender.close()  # so that the pipe ends with the process
     try:
@@ -78,11 +83,18 @@ def _end(process: Any) -> None:
             process.join(END_S)
 
 
-def _serve(sender: Connection, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+def _serve(
+    sender: Connection,
+    prepare: Callable[[], None] | None,
+    function: Callable[..., Iterator[Any]],
+    arguments: tuple[Any, ...],
+) -> None:
     """The other end of the pipe: lines and values while they come, then how it ended."""
     # Interrupted, or the reader is gone: the calling process says what there is to say.
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         try:
+            if prepare is not None:
+                prepare()
             for value in function(*arguments, say=lambda line: sender.send(("line", line))):
                 sender.send(("value", value))
             sender.send(("done", None))

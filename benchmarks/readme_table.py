@@ -48,9 +48,9 @@ DECODE = "kernels-decode-h100.json"
 
 STEPS = "decode-h200.json"
 
-# Whole models: one run of each form.
-BF16, BF16_XLA = "runs.1.results.2", "runs.1.results.3"
-INT4, INT4_ROWS = "runs.0.results.0", "runs.0.results.2"
+# Whole models, in one run: falcon-40b-alibi by form of its weights, falcon-7b.
+INT4, INT8, BF16, BF16_ROWS = (f"runs.1.results.{i}" for i in (0, 2, 4, 6))
+BF16_SHORT, LONG, LONGEST, BF16_7B = (f"runs.1.results.{i}" for i in (5, 7, 8, 9))
 # Where a case of the kernels' files ends and its contestants begin.
 ALIBI = "cases.falcon-40b-alibi T=4096, forward.contestants"
 ALIBI_GRADIENTS = "cases.falcon-40b-alibi T=4096, forward + backward.contestants"
@@ -129,15 +129,35 @@ ROWS = (
         DECODE,
     ),
     Row(
-        "falcon-40b-alibi's shape in bf16, one H200, 4,000 tokens before: decode, share of the read limit",
-        f"{{{BF16}.decode_tokens_per_s:.1f}} tokens/s, {{{BF16}.share_of_read_limit*100:.1f}} %",
-        f"ours with XLA's products {{{BF16_XLA}.decode_tokens_per_s:.1f}}, "
-        f"{{{BF16_XLA}.share_of_read_limit*100:.1f}} %",
+        "falcon-40b-alibi's shape in bf16, one H200, 4,000 tokens before: decode, one row; four rows",
+        f"{{{BF16}.decode_tokens_per_s:.1f}} tokens/s, {{{BF16}.share_of_read_limit*100:.1f}} % of the read limit; "
+        f"{{{BF16_ROWS}.decode_tokens_per_s:.0f}}, {{{BF16_ROWS}.share_of_read_limit*100:.0f}} %",
+        "",
         STEPS,
     ),
     Row(
-        "the same with weights of 4 bits, one row; 16 rows",
-        f"{{{INT4}.decode_tokens_per_s:.0f}}; {{{INT4_ROWS}.decode_tokens_per_s:,.0f}} tokens/s",
+        "the same, one row, weights of 8 bits; 4 bits",
+        f"{{{INT8}.decode_tokens_per_s:.1f}}, {{{INT8}.share_of_read_limit*100:.0f}} %; "
+        f"{{{INT4}.decode_tokens_per_s:.0f}}, {{{INT4}.share_of_read_limit*100:.0f}} %",
+        "",
+        STEPS,
+    ),
+    Row(
+        "its first token after 4,000 tokens, bf16; 8 bits; 4 bits",
+        f"{{{BF16}.first_token_ms:.0f}}; {{{INT8}.first_token_ms:.0f}}; {{{INT4}.first_token_ms:.0f}} ms",
+        "",
+        STEPS,
+    ),
+    Row(
+        "in bf16 after 512; 12,000; 60,000 tokens, and decode after the longest",
+        f"{{{BF16_SHORT}.first_token_ms:.0f}} ms; {{{LONG}.first_token_ms/1000:.2f}} s; "
+        f"{{{LONGEST}.first_token_ms/1000:.1f}} s, {{{LONGEST}.decode_tokens_per_s:.1f}} tokens/s",
+        "",
+        STEPS,
+    ),
+    Row(
+        "falcon-7b's shape in bf16, one H200, 4,000 tokens: decode, first token",
+        f"{{{BF16_7B}.decode_tokens_per_s:.0f}} tokens/s, {{{BF16_7B}.first_token_ms:.0f}} ms",
         "",
         STEPS,
     ),

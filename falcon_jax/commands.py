@@ -21,6 +21,7 @@ from falcon_jax.errors import USER_ERRORS
 from falcon_jax.generate.engine import Engine
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.model import params
+from falcon_jax.model.params import Params
 from falcon_jax.model.step import ForwardOptions
 from falcon_jax.tokenizer import Tokenizer
 
@@ -115,21 +116,37 @@ def compile_ahead(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> Itera
             lowering.result()
 
 
+def described(folder: Path, dtype: str, weights: str = "native") -> tuple[FalconConfig, Params]:
+    """A folder's configuration, and the shapes of what loading will put on one device; reads small files alone.
+
+    Raises:
+      CheckpointError, ConfigError: as loading.
+    """
+    config = manifest.Manifest.read(folder).config if manifest.is_converted(folder) else FalconConfig.from_hf(folder)
+    layout = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = params.abstract(config, dtype, weights)
+    return config, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes)
+
+
 def generation_programs(
-    folder: Path, prompt: str, *, dtype: str, alibi: str, max_cache_tokens: int | None, **request: Any
+    folder: Path,
+    prompt: str,
+    *,
+    dtype: str,
+    alibi: str,
+    cuda_graphs: bool,
+    max_cache_tokens: int | None,
+    **request: Any,
 ) -> Iterator[jax.stages.Lowered]:
     """What continues `prompt` with the model in `folder` on one device, from the folder's small files alone.
 
     Args:
-      dtype, alibi, max_cache_tokens: as for Falcon.from_checkpoint.
+      dtype, alibi, cuda_graphs, max_cache_tokens: as for Falcon.from_checkpoint.
       request: max_new_tokens and whatever else Falcon.generate is given.
     """
-    config = manifest.Manifest.read(folder).config if manifest.is_converted(folder) else FalconConfig.from_hf(folder)
-    layout = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    described = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), params.abstract(config, dtype)
-    )
-    engine = Engine(config, described, ForwardOptions(alibi=alibi), max_cache_tokens=max_cache_tokens)
+    config, shapes = described(folder, dtype)
+    options = ForwardOptions(alibi=alibi)
+    engine = Engine(config, shapes, options, max_cache_tokens=max_cache_tokens, cuda_graphs=cuda_graphs)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: request[name] for name in names if name in request})
     yield from engine.lower_ahead(

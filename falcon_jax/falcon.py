@@ -22,9 +22,11 @@ from falcon_jax import checkpoint, sharding
 from falcon_jax.checkpoint import hub, manifest
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import RequestError
-from falcon_jax.generate.engine import CHUNK, Engine, Model
+from falcon_jax.generate.engine import Engine
+from falcon_jax.generate.programs import Program
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.generate.speculate import check_num_drafted
+from falcon_jax.generate.state import CHUNK, Model
 from falcon_jax.generate.stopping import RowText, check_stop_strings
 from falcon_jax.generate.streaming import TextStream
 from falcon_jax.model import params as model_params
@@ -85,6 +87,7 @@ class Falcon:
         *,
         mesh: Mesh | None = None,
         alibi: str = "float32",
+        cuda_graphs: bool = True,
         max_cache_tokens: int | None = None,
         max_cache_bytes: int | None = None,
     ):
@@ -97,6 +100,7 @@ class Falcon:
             mesh,
             max_cache_tokens=max_cache_tokens,
             max_cache_bytes=max_cache_bytes,
+            cuda_graphs=cuda_graphs,
         )
 
     @property
@@ -114,6 +118,7 @@ class Falcon:
         mesh: Mesh | None = None,
         memory_budget: int | str | None = None,
         alibi: str = "float32",
+        cuda_graphs: bool = True,
         max_cache_tokens: int | None = None,
         verify: bool = True,
     ) -> "Falcon":
@@ -130,6 +135,8 @@ class Falcon:
           memory_budget: the most that weights and cache may take on a device, in bytes or as in "68GiB".
             Weights and one row of the trained length must fit; requests get what is left.
           alibi: "float32", or "hf_bf16" for the rounding of transformers. Models with RoPE do not read it.
+          cuda_graphs: on a GPU XLA captures kernels that follow one another in CUDA graphs. False launches each by
+            itself, to look for a driver's fault or at single kernels; decoding may be slower, and gives the same.
           max_cache_tokens: most tokens of a row, prompt and new ones; None: 8 times the trained length, at
             least 32768. The memory must hold them, whatever is said here.
           verify: compares an orbax checkpoint's arrays with their checksums.
@@ -155,6 +162,7 @@ class Falcon:
             None if tokenizer_folder is None else Tokenizer.from_folder(tokenizer_folder),
             mesh=mesh,
             alibi=options.alibi,
+            cuda_graphs=cuda_graphs,
             max_cache_tokens=max_cache_tokens,
             max_cache_bytes=cache_limit,
         )
@@ -170,6 +178,7 @@ class Falcon:
         mesh: Mesh | None = None,
         tokenizer: Tokenizer | None = None,
         alibi: str = "float32",
+        cuda_graphs: bool = True,
         max_cache_tokens: int | None = None,
     ) -> "Falcon":
         """A model with random weights, for benchmarks and tests; `key` is a seed or a JAX random key.
@@ -179,7 +188,15 @@ class Falcon:
         require_weights(weights)
         root = jax.random.key(key) if isinstance(key, int) else key
         params = model_params.init(config, root, jnp.dtype(dtype), mesh, weights)
-        return cls(config, params, tokenizer, mesh=mesh, alibi=alibi, max_cache_tokens=max_cache_tokens)
+        return cls(
+            config,
+            params,
+            tokenizer,
+            mesh=mesh,
+            alibi=alibi,
+            cuda_graphs=cuda_graphs,
+            max_cache_tokens=max_cache_tokens,
+        )
 
     def logits(
         self, token_ids: Sequence[Sequence[int]] | np.ndarray | Array, lengths: Sequence[int] | None = None
@@ -418,7 +435,7 @@ class Falcon:
         return "" if self.tokenizer is None else self.tokenizer.decode(rows[index])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layer"))
+@functools.partial(Program, static_argnames="layer")
 def _attention_map(
     params: model_params.Params, token_ids: Int[Array, "1 T"], *, model: Model, layer: int
 ) -> Float[Array, "N T T"]:

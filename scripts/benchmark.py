@@ -10,6 +10,7 @@ python scripts/benchmark.py --table seed --model falcon-40b --weights int8 --row
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+
+from falcon_jax import options as shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,12 +63,17 @@ class Arguments:
     """Multiplies the table's contexts: 0.01 tries it on a small machine."""
     start_up: bool = False
     """Also times scripts/generate.py from process start to first text; needs a folder with a tokenizer."""
+    cuda_graphs: shared.CudaGraphs = "on"
+    compilation_cache: shared.CompilationCache = None
     save: str | None = None
     """Also writes the document to benchmarks/results/SAVE.json; a table anew after each result."""
 
 
 def main(arguments: Arguments) -> dict[str, Any]:
     check(arguments)
+    from falcon_jax import commands
+
+    commands.use_compilation_cache(arguments.compilation_cache)
     begin = time.perf_counter()
     load_before = os.getloadavg()[0]
 
@@ -122,7 +130,7 @@ def measure_one(arguments: Arguments) -> dict[str, Any]:
     entered = contestants(arguments, config, folder)
     together = measure.fit_together(entered)
     groups = [entered] if together else [[contestant] for contestant in entered]
-    place = choose_place(together)
+    place = choose_place(arguments, together)
     workload = Workload(arguments.batch or BATCH, arguments.context or CONTEXT, arguments.new_tokens or NEW_TOKENS)
     case = measure.Case("generate", workload, arguments.repeats or REPEATS)
 
@@ -144,6 +152,7 @@ def measure_one(arguments: Arguments) -> dict[str, Any]:
         "model": name,
         "parameters": "random" if folder is None else "stored",
         "weights": arguments.weights,
+        "cuda_graphs": arguments.cuda_graphs,
         **dataclasses.asdict(workload),
         "repeats": case.repeats,
         "limit": limit.record(workload.batch_size),
@@ -154,7 +163,9 @@ def measure_one(arguments: Arguments) -> dict[str, Any]:
         found = ", ".join(f"{figure.replace('_', ' ')} x {ratio:.2f}" for figure, ratio in document["ratios"].items())
         say(f"falcon_jax over the peer's best: {found}")
     if arguments.start_up and folder is not None:
-        document["start_up"] = measure.start_up_s(measure.generate_command(folder, arguments.dtype, new_tokens=16))
+        document["start_up"] = measure.start_up_s(
+            measure.generate_command(folder, arguments.dtype, 16, arguments.cuda_graphs)
+        )
         say(f"process start to first text: {document['start_up']['first_token_s']:.2f} s")
     return document | machine
 
@@ -176,8 +187,9 @@ def fill_table(document: dict[str, Any], arguments: Arguments) -> "Iterator[None
         arguments.repeats,
     )
     warn_if_busy()
-    document |= {"dtype": arguments.dtype, "weights": arguments.weights, "scale": plan.scale}
-    yield from seed_table.fill(document, models, plan, choose_place(together=False), say)
+    settings = {name: getattr(arguments, name) for name in ("dtype", "weights", "cuda_graphs")}
+    document |= {**settings, "scale": plan.scale}
+    yield from seed_table.fill(document, models, plan, choose_place(arguments, together=False), say)
     for line in seed_table.text(document):
         say(line)
 
@@ -187,20 +199,26 @@ def contestants(arguments: Arguments, config: "FalconConfig", folder: Path | Non
     from benchmarks import measure, peers
 
     ours: list[Contestant] = (
-        [measure.Ours(config, folder, arguments.dtype, arguments.weights)] if arguments.ours else []
+        [measure.Ours(config, folder, arguments.dtype, arguments.weights, arguments.cuda_graphs == "on")]
+        if arguments.ours
+        else []
     )
     if arguments.peer == "none":
         return ours
     return ours + peers.transformers(config, folder, arguments.dtype, peers.CHOICES[arguments.peer])
 
 
-def choose_place(together: bool) -> "Place":
+def choose_place(arguments: Arguments, together: bool) -> "Place":
     """A CPU's memory comes back when it is freed; a GPU's when a process ends."""
     import jax
 
     from benchmarks import places
+    from falcon_jax import commands
 
-    return places.in_own_process if jax.default_backend() == "gpu" and not together else places.here
+    if jax.default_backend() != "gpu" or together:
+        return places.here
+    prepare = functools.partial(commands.use_compilation_cache, arguments.compilation_cache)
+    return functools.partial(places.in_own_process, prepare=prepare)
 
 
 def warn_if_busy() -> None:

@@ -11,11 +11,17 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from falcon_jax import options as shared
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import jax
+
     from falcon_jax.train.evaluation import Score
 
 
@@ -41,6 +47,7 @@ class Arguments:
     """Of the blocks' projections: in dtype, or of 8 or 4 bits, stored so or rounded while they are loaded."""
     alibi: Literal["float32", "hf_bf16"] = "float32"
     """float32 is exact; hf_bf16 rounds positions as transformers does, which blurs them beyond 256 tokens."""
+    compilation_cache: shared.CompilationCache = None
     quiet: bool = False
     """Shows no progress bar."""
 
@@ -53,32 +60,38 @@ def shapes_of(arguments: Arguments) -> list[tuple[int, int]]:
 
 
 def measure(arguments: Arguments) -> list["Score"]:
-    from falcon_jax.checkpoint import CheckpointError, load
+    from falcon_jax import commands
+    from falcon_jax.checkpoint import CheckpointError, hub, load
     from falcon_jax.errors import ConfigError
     from falcon_jax.model.decoder import ForwardOptions
+    from falcon_jax.tokenizer import TOKENIZER_FILE
+    from falcon_jax.train import evaluation
     from falcon_jax.train.data import read_texts
-    from falcon_jax.train.evaluation import evaluate
 
     if not arguments.texts or not arguments.lengths or min(arguments.lengths) < 1:
         raise ConfigError("give at least one text, and lengths of at least 1")
     if arguments.stride is not None and not 1 <= arguments.stride <= min(arguments.lengths):
         shortest = min(arguments.lengths)
         raise ConfigError(f"--stride is {arguments.stride}; it must be from 1 to the shortest length, {shortest}")
-    config, params, tokenizer_folder = load(arguments.model, dtype=arguments.dtype, weights=arguments.weights)
-    if tokenizer_folder is None:
+    commands.use_compilation_cache(arguments.compilation_cache)
+    folder = hub.local_folder(arguments.model)
+    if not (folder / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{arguments.model} holds no tokenizer.json, without which text means nothing")
-    split = read_texts(arguments.texts, tokenizer_folder, arguments.split)
+    split = read_texts(arguments.texts, folder, arguments.split)
+    how: dict[str, Any] = {
+        "dtype": arguments.dtype,
+        "forward": ForwardOptions(attention=arguments.attention, alibi=arguments.alibi),
+        "batch_tokens": arguments.batch_tokens,
+    }
+
+    def programs() -> "Iterator[jax.stages.Lowered]":
+        config, described = commands.described(folder, arguments.dtype, arguments.weights)
+        yield from evaluation.lower_ahead(config, described, split, shapes_of(arguments), **how)
+
+    with commands.compile_ahead(programs):
+        config, params, _ = load(folder, dtype=arguments.dtype, weights=arguments.weights)
     scores = []
-    for score in evaluate(
-        config,
-        params,
-        split,
-        shapes_of(arguments),
-        dtype=arguments.dtype,
-        forward=ForwardOptions(attention=arguments.attention, alibi=arguments.alibi),
-        batch_tokens=arguments.batch_tokens,
-        progress=not arguments.quiet,
-    ):
+    for score in evaluation.evaluate(config, params, split, shapes_of(arguments), progress=not arguments.quiet, **how):
         beyond = ", beyond the trained length" if score.length > config.max_tokens else ""
         print(
             f"length {score.length}, stride {score.stride}: {score.bits_per_byte:.4f} bits a byte, "

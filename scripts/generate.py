@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from falcon_jax import options as shared
+
 if TYPE_CHECKING:
     from falcon_jax import Completion, Falcon
 
@@ -57,8 +59,8 @@ class Arguments:
     """Most tokens of prompt and continuation; 8 times the trained length, at least 32768, if left out."""
     full_text: bool = False
     """Prints the prompt's text before its continuation."""
-    compilation_cache: Annotated[str | None, tyro.conf.arg(metavar="PATH|off")] = None
-    """Folder that keeps compiled programs for the next run; falcon_jax/xla in the user's cache folder if left out."""
+    cuda_graphs: shared.CudaGraphs = "on"
+    compilation_cache: shared.CompilationCache = None
     json: bool = False
     """Prints one JSON document: text, token ids, log probabilities, finish reason, steps, timing."""
 
@@ -88,6 +90,7 @@ def main(arguments: Arguments) -> None:
     how: dict[str, Any] = {
         "dtype": arguments.dtype,
         "alibi": arguments.alibi,
+        "cuda_graphs": arguments.cuda_graphs == "on",
         "max_cache_tokens": arguments.max_cache_tokens,
     }
     num_samples = arguments.num_samples

@@ -1,9 +1,12 @@
 """Trains a Falcon from scratch on text files. A run found in --output is resumed from its newest checkpoint."""
 
+import dataclasses
 import sys
 
 import tyro
 
+from falcon_jax import commands
+from falcon_jax import options as shared
 from falcon_jax.errors import CheckpointError, ConfigError, one_line
 from falcon_jax.train.loop import NotFiniteError, Trainer
 from falcon_jax.train.settings import TrainConfig
@@ -11,10 +14,18 @@ from falcon_jax.train.settings import TrainConfig
 SIGNALLED = 3  # with a checkpoint written
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    run: TrainConfig
+    compilation_cache: shared.CompilationCache = None
+
+
 def main() -> int:
     """The exit code: 0 done or out of --max-seconds, 2 not to be done, 3 stopped by a signal."""
     try:
-        config = tyro.cli(tyro.conf.OmitArgPrefixes[TrainConfig], description=__doc__)
+        arguments = tyro.cli(tyro.conf.OmitArgPrefixes[Arguments], description=__doc__)
+        commands.use_compilation_cache(arguments.compilation_cache)
+        config = arguments.run
         trainer = Trainer(config)
         if trainer.step:
             print(f"{config.output}: goes on from the checkpoint of step {trainer.step}", file=sys.stderr)

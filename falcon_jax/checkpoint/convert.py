@@ -41,7 +41,6 @@ from falcon_jax.checkpoint.manifest import (
     sync_folder,
     write_text,
 )
-from falcon_jax.checkpoint.store import ArrayFolder
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import CheckpointError
 from falcon_jax.model import quantize
@@ -164,6 +163,9 @@ class Conversion:
     """
 
     def __init__(self, destination: Path, settings: Mapping[str, Any], paths: list[str]):
+        # Late, as in load.py, which imports this file.
+        from falcon_jax.checkpoint.store import ArrayFolder
+
         self._destination = destination
         self._folder = destination / UNFINISHED_FOLDER
         self._settings = dict(settings)

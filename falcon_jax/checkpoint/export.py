@@ -26,7 +26,6 @@ from falcon_jax.checkpoint.manifest import (
     require_dtype,
     write_text,
 )
-from falcon_jax.checkpoint.store import ArrayFolder
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import CheckpointError, ConfigError
 from falcon_jax.model.params import Params, flatten
@@ -65,6 +64,8 @@ def export(
         empty.
       ValueError: max_shard_bytes is not positive.
     """
+    from falcon_jax.checkpoint.store import ArrayFolder  # late, as in load.py
+
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir() or not is_converted(folder):
         what = "is no folder made by falcon_jax.convert" if folder.exists() else "does not exist"

@@ -20,7 +20,6 @@ from falcon_jax.checkpoint import hf_files, hub, mapping
 from falcon_jax.checkpoint.checksum import finish_checksum, start_checksum
 from falcon_jax.checkpoint.convert import require_tied_head, stored_shapes
 from falcon_jax.checkpoint.manifest import PARAMS_FOLDER, Manifest, is_converted, require_dtype
-from falcon_jax.checkpoint.store import ArrayFolder
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import CheckpointError
 from falcon_jax.model import quantize
@@ -77,6 +76,9 @@ def load(
 def _load_converted(
     folder: Path, cast: np.dtype | None, weights: str, mesh: Mesh | None, verify: bool
 ) -> tuple[FalconConfig, dict[str, jax.Array]]:
+    # Late: orbax takes half a second to import, and a Hugging Face folder needs none of it.
+    from falcon_jax.checkpoint.store import ArrayFolder
+
     manifest = Manifest.read(folder)
     records = manifest.arrays
     if manifest.weights not in ("native", weights):

@@ -1,180 +1,32 @@
 """Token ids in, token ids out: prefill, then decode in chunks.
 
-Owns the jitted functions and the host loop around them. Knows no text. Rows are
-left-aligned: a row's token at position p lies in cache slot p, padding lies past a row's length and is never
-attended to, so a row's result does not depend on its batch mates.
+Owns the host loop around the functions of `programs`. Knows no text. Rows are left-aligned: a row's token at position
+p lies in cache slot p, padding lies past a row's length and is never attended to, so a row's result does not depend on
+its batch mates.
 
 The trap: everything that changes from call to call (prompts, lengths, number of steps, sampling values,
 seeds) is traced or padded to a bucket; a Python value that slips into a jitted function costs a compilation a
 call.
-Letters: B batch, T query tokens, S cache length, D width, V vocabulary, E end-of-text tokens, P prompts.
+Letters: B batch, T query tokens, D width, V vocabulary.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.generate import batching, limits, speculate
-from falcon_jax.generate.sampling import Sampling, SamplingKind, SamplingValues, row_keys, sample_at
+from falcon_jax.generate.programs import all_logits, decode, decode_drafted, first_token, prefill, repeat_rows
+from falcon_jax.generate.sampling import Sampling, row_keys
 from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model
 from falcon_jax.model.cache import KVCache
-from falcon_jax.model.decoder import FalconDecoder
-from falcon_jax.model.params import Params, bind
+from falcon_jax.model.params import Params
 from falcon_jax.model.step import ForwardOptions
-
-
-@functools.partial(jax.jit, static_argnames=("model", "is_first"), donate_argnames=("cache", "last"))
-def prefill(
-    params: Params,
-    token_ids: Int[Array, "B T"],
-    start: Int[Array, ""],
-    lengths: Int[Array, " B"],
-    cache: KVCache,
-    last: Float[Array, "B D"],
-    *,
-    model: Model,
-    is_first: bool,
-) -> tuple[KVCache, Float[Array, "B D"]]:
-    """Reads columns start .. start + T of the prompts; `last` collects the state of each row's last token.
-
-    The first call, with start = 0, attends to its own T keys alone instead of the whole empty cache.
-    """
-    T = token_ids.shape[1]
-    num_tokens = jnp.clip(lengths - start, 0, T)
-    hidden, cache = _read(_decoder(params, model), token_ids, cache, num_tokens, cache_is_empty=is_first)
-    column = lengths - 1 - start
-    picked = jnp.take_along_axis(hidden, jnp.clip(column, 0, T - 1)[:, None, None], axis=1)[:, 0]
-    last = jnp.where(((column >= 0) & (column < T))[:, None], picked, last)
-    return _lay_out((cache, last), model.mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "num_copies"))
-def repeat_rows(
-    cache: KVCache, last: Float[Array, "P D"], *, model: Model, num_copies: int
-) -> tuple[KVCache, Float[Array, "B D"]]:
-    """Each row `num_copies` times, copies side by side."""
-    return _lay_out((cache.repeat(num_copies), jnp.repeat(last, num_copies, axis=0)), model.mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "kind"))
-def first_token(
-    params: Params,
-    last: Float[Array, "B D"],
-    lengths: Int[Array, " B"],
-    keys: Key[Array, " B"] | None,
-    seen: Bool[Array, "B V"] | None,
-    values: SamplingValues,
-    eos_token_ids: Int[Array, " E"],
-    *,
-    model: Model,
-    kind: SamplingKind,
-) -> tuple[Bool[Array, "B V"] | None, Chunk]:
-    """Chooses the token after each prompt, as a chunk of one column."""
-    logits = _decoder(params, model).logits(last)
-    tokens, logprobs, seen = _choose(logits, keys, lengths, seen, values, kind)
-    done = jnp.isin(tokens, eos_token_ids)
-    seen, tokens, done, logprobs = _lay_out((seen, tokens, done, logprobs), model.mesh)
-    return seen, Chunk(tokens[:, None], logprobs[:, None], jnp.ones_like(tokens), jnp.zeros_like(tokens), done)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="state")
-def decode(
-    params: Params,
-    state: DecodeState,
-    num_steps: Int[Array, ""],
-    stopped: Bool[Array, " B"],
-    keys: Key[Array, " B"] | None,
-    values: SamplingValues,
-    eos_token_ids: Int[Array, " E"],
-    *,
-    model: Model,
-    kind: SamplingKind,
-) -> tuple[DecodeState, Chunk]:
-    """Makes up to min(num_steps, 32) tokens a row; ends early once all rows are done.
-
-    Args:
-      state: donated.
-      num_steps: traced, so that streaming by the token and generating by the chunk run the same executable.
-      stopped: rows that the host has ended since the last call.
-      keys: one a row, into which each step folds the position; None for greedy.
-      eos_token_ids: a row that makes one of them is done, that token being its last. No logit is masked.
-    """
-    decoder = _decoder(params, model)
-    state = dataclasses.replace(state, done=state.done | stopped)
-
-    def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
-        active = ~state.done
-        hidden, cache = _read(decoder, state.tokens[:, None], state.cache, active.astype(jnp.int32))
-        logits = decoder.logits(hidden[:, 0])
-        tokens, logprobs, seen = _choose(logits, keys, cache.lengths, state.seen, values, kind)
-        tokens = jnp.where(active, tokens, state.tokens)
-        chunk = Chunk(
-            jax.lax.dynamic_update_slice(chunk.tokens, tokens[:, None], (0, step)),
-            jax.lax.dynamic_update_slice(chunk.logprobs, logprobs[:, None], (0, step)),
-            chunk.counts + active.astype(jnp.int32),
-            chunk.steps + active.astype(jnp.int32),
-            state.done | jnp.isin(tokens, eos_token_ids),
-        )
-        return DecodeState(cache, tokens, chunk.done, seen), chunk
-
-    return _repeat(advance, num_steps, state, Chunk.empty(state.done, CHUNK), model.mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("num_drafted", "model", "kind"), donate_argnames="state")
-def decode_drafted(
-    params: Params,
-    state: DecodeState,
-    num_steps: Int[Array, ""],
-    stopped: Bool[Array, " B"],
-    left: Int[Array, " B"],
-    keys: Key[Array, " B"] | None,
-    values: SamplingValues,
-    eos_token_ids: Int[Array, " E"],
-    *,
-    num_drafted: int,
-    model: Model,
-    kind: SamplingKind,
-) -> tuple[DecodeState, Chunk]:
-    """`decode` with 1 to 1 + `num_drafted` tokens a row and step, the same tokens (see `speculate`).
-
-    Args:
-      state: donated; with a history.
-      left: how many tokens each row may still get; a row that has them all is done.
-      num_drafted: at least 1; static, as it decides the shapes.
-      num_steps, stopped, keys, eos_token_ids: as in `decode`.
-    """
-    decoder = _decoder(params, model)
-    state = speculate.begin(dataclasses.replace(state, done=state.done | stopped), left)
-
-    def forward(token_ids: Array, cache: KVCache, num_tokens: Array) -> tuple[Float[Array, "B T V"], KVCache]:
-        hidden, cache = _read(decoder, token_ids, cache, num_tokens)
-        return decoder.logits(hidden), cache
-
-    def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
-        return speculate.advance(
-            state, chunk, left, forward, keys, values, eos_token_ids, kind=kind, num_drafted=num_drafted
-        )
-
-    empty = Chunk.empty(state.done, CHUNK * (num_drafted + 1))
-    return _repeat(advance, num_steps, state, empty, model.mesh)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def all_logits(
-    params: Params, token_ids: Int[Array, "B T"], lengths: Int[Array, " B"], *, model: Model
-) -> Float[Array, "B T V"]:
-    """Float32 logits at every position, without a cache."""
-    decoder = _decoder(params, model)
-    hidden, _ = decoder(token_ids, num_tokens=lengths)
-    return decoder.logits(hidden)
 
 
 class Engine:
@@ -186,6 +38,7 @@ class Engine:
       max_cache_tokens: most tokens of a row, prompt and new ones; None: 8 times the trained length, at least
         32768.
       max_cache_bytes: most bytes of cache on a device; None: what is free.
+      cuda_graphs: False keeps XLA from capturing kernels in CUDA graphs, as it does by default on a GPU.
     """
 
     def __init__(
@@ -197,8 +50,10 @@ class Engine:
         *,
         max_cache_tokens: int | None = None,
         max_cache_bytes: int | None = None,
+        cuda_graphs: bool = True,
     ):
-        self.model = Model(config, options or ForwardOptions(), mesh)
+        on_gpu = any(device.platform == "gpu" for device in jax.tree.leaves(params)[0].sharding.device_set)
+        self.model = Model(config, options or ForwardOptions(), mesh, cuda_graphs or not on_gpu)
         self.params = params
         self.max_cache_tokens = max_cache_tokens
         self.max_cache_bytes = max_cache_bytes
@@ -282,12 +137,13 @@ class Engine:
             cache, last = results(lowered)
         keys = None if kind.greedy else jax.eval_shape(lambda: row_keys(0, 1, num_samples))
         seen = shape((num_samples, config.vocab_size), jnp.bool) if kind.repetition else None
+        history = shape((num_samples, capacity), jnp.int32) if num_drafted else None
         fixed = (sampling.values, self.eos_token_ids)
-        yield (lowered := first_token.lower(self.params, last, cache.lengths, keys, seen, *fixed, **static, kind=kind))
+        begin = (self.params, last, cache.lengths, keys, seen, history)
+        yield (lowered := first_token.lower(*begin, *fixed, **static, kind=kind))
         if max_new_tokens == 1:
             return
-        seen, first = results(lowered)
-        history = jax.eval_shape(lambda: jnp.zeros((num_samples, capacity), jnp.int32)) if num_drafted else None
+        seen, history, first = results(lowered)
         begin = (self.params, DecodeState(cache, cache.lengths, first.done, seen, history), np.int32(0))
         done, left = np.zeros(num_samples, bool), np.zeros(num_samples, np.int32)
         if num_drafted:
@@ -372,24 +228,24 @@ class Generation:
         self._fixed = (sampling.values, engine.eos_token_ids)
 
         cache, last = engine._prefill(prompts, max_new_tokens, num_samples)
-        seen = None
+        seen = history = None
         if self._kind.repetition:
             mask = batching.seen_tokens(prompts, engine.model.config.vocab_size)
             (seen,) = engine._rows(np.repeat(mask, num_samples, axis=0))
-        seen, self._first = first_token(
+        if num_drafted:
+            token_ids, _ = batching.pad_rows(prompts, cache.capacity)
+            (history,) = engine._rows(np.repeat(token_ids, num_samples, axis=0))
+        seen, history, self._first = first_token(
             engine.params,
             last,
             cache.lengths,
             self._keys,
             seen,
+            history,
             *self._fixed,
             model=engine.model,
             kind=self._kind,
         )
-        history = None
-        if num_drafted:
-            token_ids, _ = batching.pad_rows(prompts, cache.capacity)
-            (history,) = engine._rows(np.repeat(token_ids, num_samples, axis=0))
         self._state = DecodeState(cache, self._first.tokens[:, 0], self._first.done, seen, history)
 
     @property
@@ -430,70 +286,3 @@ class Generation:
         if self._num_drafted == 0:
             return decode(*begin, self._keys, *self._fixed, **static)
         return decode_drafted(*begin, self.left, self._keys, *self._fixed, num_drafted=self._num_drafted, **static)
-
-
-def _decoder(params: Params, model: Model) -> FalconDecoder:
-    return bind(model.config, params, model.options, model.mesh)
-
-
-def _read(
-    decoder: FalconDecoder,
-    token_ids: Int[Array, "B T"],
-    cache: KVCache,
-    num_tokens: Int[Array, " B"],
-    *,
-    cache_is_empty: bool = False,
-) -> tuple[Float[Array, "B T D"], KVCache]:
-    hidden, filled = decoder(token_ids, cache=cache, num_tokens=num_tokens, cache_is_empty=cache_is_empty)
-    assert filled is not None  # a cache came in
-    return hidden, filled
-
-
-def _choose(
-    logits: Float[Array, "B V"],
-    keys: Key[Array, " B"] | None,
-    positions: Int[Array, " B"],
-    seen: Bool[Array, "B V"] | None,
-    values: SamplingValues,
-    kind: SamplingKind,
-) -> tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, "B V"] | None]:
-    """Samples the token at each row's position, and notes it as seen where a penalty asks for that."""
-    tokens, logprobs = sample_at(logits, keys, positions, values, seen, kind)
-    if seen is not None:
-        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
-    return tokens, logprobs, seen
-
-
-def _repeat(
-    advance: Callable[[Array, DecodeState, Chunk], tuple[DecodeState, Chunk]],
-    num_steps: Int[Array, ""],
-    state: DecodeState,
-    chunk: Chunk,
-    mesh: Mesh | None,
-) -> tuple[DecodeState, Chunk]:
-    """advance(step, state, chunk), over and over: up to min(num_steps, 32) times, or until all rows are done."""
-
-    def unfinished(carry: tuple[Array, DecodeState, Chunk]) -> Bool[Array, ""]:
-        step, state, _ = carry
-        return (step < jnp.minimum(num_steps, CHUNK)) & ~jnp.all(state.done)
-
-    def body(carry: tuple[Array, DecodeState, Chunk]) -> tuple[Array, DecodeState, Chunk]:
-        step, state, chunk = carry
-        state, chunk = advance(step, state, chunk)
-        return step + 1, _lay_out(state, mesh), chunk
-
-    _, state, chunk = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, chunk))
-    return _lay_out(state, mesh), chunk
-
-
-def _lay_out(tree, mesh: Mesh | None):
-    """Pins arrays of rows to their layout on the mesh, so that results fit the next call without a copy."""
-    if mesh is None:
-        return tree
-
-    def pin(array: Array) -> Array:
-        # Cache arrays alone have four axes.
-        rule = sharding.cache_sharding if array.ndim == 4 else sharding.batch_sharding
-        return jax.lax.with_sharding_constraint(array, rule(array.shape, mesh))
-
-    return jax.tree.map(pin, tree)

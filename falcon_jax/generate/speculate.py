@@ -61,17 +61,6 @@ def check_positions(config: FalconConfig, num_drafted: int, num_tokens: int) -> 
         )
 
 
-def begin(state: DecodeState, left: Int[Array, " B"]) -> DecodeState:
-    """`state` as `advance` wants it: rows with nothing `left` done, each row's last token in its history.
-
-    The first call lacks that token, which the prefill made; later calls write what is there.
-    """
-    assert state.history is not None  # the engine made one
-    ones = jnp.ones_like(left)
-    history = append(state.history, state.tokens[:, None], state.cache.lengths, ones)
-    return dataclasses.replace(state, done=state.done | (left == 0), history=history)
-
-
 def advance(
     state: DecodeState,
     chunk: Chunk,
@@ -87,6 +76,7 @@ def advance(
     """One step: 1 to `num_drafted` + 1 more tokens in each row that is not done.
 
     Args:
+      state: each row's last token in its history, and rows with nothing `left` done.
       left: how many tokens each row may get in the whole of `chunk`.
       forward: (token_ids [B, T], cache, num_tokens [B]) -> float32 logits after each token, and the cache with them.
     """

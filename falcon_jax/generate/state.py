@@ -20,11 +20,15 @@ CHUNK = 32
 
 
 class Model(NamedTuple):
-    """What is static in every jitted function here; engines with equal ones share executables."""
+    """What is static in every jitted function here; engines with equal ones share executables.
+
+    cuda_graphs: whether XLA may capture kernels in CUDA graphs. True where there is no GPU to do so.
+    """
 
     config: FalconConfig
     options: ForwardOptions
     mesh: Mesh | None
+    cuda_graphs: bool = True
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +40,7 @@ class DecodeState:
     tokens: each row's last token, which the next step feeds.
     done: rows that have ended; they write nothing and keep their length.
     seen: tokens in the prompt or generated; None without a repetition penalty.
-    history: each token in the column of its position, prompts included; None without speculation.
+    history: each token in the column of its position, prompts and the last ones included; None without speculation.
     """
 
     cache: KVCache

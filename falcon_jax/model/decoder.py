@@ -23,7 +23,7 @@ from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.linear import LayerNorm, Linear, apart, declare, multiply
 from falcon_jax.model.step import ForwardOptions, Step, spans
-from pallas_kernels.quantized_matmul import MAX_ROWS, exact_gelu
+from pallas_kernels.quantized_matmul import exact_gelu
 
 __all__ = ["FalconDecoder", "ForwardOptions"]
 
@@ -98,6 +98,7 @@ class FalconDecoder(nnx.Module):
         self.config = config
         self.options = options
         self.mesh = mesh
+        self.weights = weights
         self.embed = Embedding(config)
         self.layers = nnx.List([Block(config, weights) for _ in range(config.num_layers)])
         self.final_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
@@ -155,13 +156,16 @@ class FalconDecoder(nnx.Module):
         """Whether so many tokens go through the fused stages.
 
         Raises:
-          NotImplementedError: the options ask for the kernels by name, and they cannot take as few tokens as these.
+          NotImplementedError: the options ask for the kernels by name, and they cannot run here.
         """
-        if self.options.stages == "xla" or cache_is_empty or dropout_key is not None:
+        asked = self.options.stages
+        if asked == "xla" or dropout_key is not None:
+            return False
+        if asked is None and not stages.pays(self.weights, num_tokens, cache_is_empty):
             return False
         reason = stages.reason_against(self, num_tokens)
-        if reason is not None and self.options.stages is not None and num_tokens <= MAX_ROWS:
-            raise NotImplementedError(f"stages={self.options.stages!r} cannot run here: {reason}")
+        if reason is not None and asked is not None:
+            raise NotImplementedError(f"stages={asked!r} cannot run here: {reason}")
         return reason is None
 
     def _run(self, block: Block, x: Array, step: Step, slots: tuple[Array, Array] | None):

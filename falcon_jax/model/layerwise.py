@@ -45,6 +45,7 @@ class _Recorder:
 
     def __init__(self, linear: Any):
         self._linear = linear
+        self.outputs = linear.outputs
         self._inputs: Array | None = None
 
     @classmethod

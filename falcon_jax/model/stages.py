@@ -1,4 +1,5 @@
-"""Few tokens through all layers by fused stages: how a step of decoding runs where kernels for it exist.
+"""Tokens through all layers by fused stages: how a step of decoding runs where kernels for it exist, and a prompt where
+weights have to be unpacked.
 
 With a few rows a layer is as fast as its weights come out of memory, and each launch costs as much as megabytes of
 them. Here a parallel layer is an input stage (all projections of the normalized input, GELU included), attention, and
@@ -25,12 +26,18 @@ from falcon_jax.model import cache as kv_cache
 from falcon_jax.model.step import Step
 from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm
-from pallas_kernels.quantized_matmul import SIDE, Product, in_eights, project
+from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Product, in_eights, project
 
 if TYPE_CHECKING:
     from falcon_jax.model.cache import KVCache
     from falcon_jax.model.decoder import Block, FalconDecoder
     from falcon_jax.model.linear import LayerNorm
+
+
+def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
+    """Whether so many tokens are faster through the stages than through plain layers, by weights' form, where kernels
+    for them exist. As measured on an H200 (benchmarks/LOG.md)."""
+    return weights != "native" or (num_tokens <= MAX_ROWS and not cache_is_empty)
 
 
 def reason_against(decoder: FalconDecoder, num_tokens: int) -> str | None:
@@ -81,6 +88,8 @@ class _Run:
 
 def _positions(decoder: FalconDecoder, step: Step, cache: KVCache, num_rows: int):
     """`_Run`'s last two."""
+    if num_rows > MAX_ROWS or not step.reads_cache:
+        return None, None
     rotary = None
     if step.rotary is not None:
         if decoder.config.head_dim != SIDE:

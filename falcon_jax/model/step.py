@@ -20,8 +20,7 @@ class ForwardOptions:
     alibi: "float32" (exact, and needed past the trained length) or "hf_bf16" (the rounding of transformers).
     attention: `implementation` of the kernels of pallas_kernels (flash_attention, and decode_attention for single
       tokens); None picks the best that works.
-    stages: `implementation` of the fused stages of a few tokens (stages.py): "mosaic", "xla" (plain layers), or None
-      for the kernels where they run.
+    stages: `implementation` of the fused stages (stages.py): "mosaic", "xla" (plain layers), or None for the faster.
     remat: compute each block again in the backward pass instead of keeping its activations.
     """
 

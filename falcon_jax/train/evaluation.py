@@ -181,19 +181,67 @@ def evaluate(
 
     Raises: ConfigError where a shape is out of range, the text is empty or holds ids beyond the model's vocabulary.
     """
+    for part in _plan(config, split, shapes, dtype, forward, batch_tokens):
+        description = f"length {part.length}, stride {part.stride}"
+        with tqdm(total=part.windows.num_targets, desc=description, unit="token", disable=not progress) as bar:
+            nats = total_nats(part.step, params, part.windows, part.num_rows, advance=bar.update)
+        yield Score(part.length, part.stride, nats, part.windows.num_targets, split.num_bytes)
+
+
+def lower_ahead(
+    config: FalconConfig,
+    params: Params,
+    split: Split,
+    shapes: Iterable[tuple[int, int]],
+    *,
+    dtype: str = "bfloat16",
+    forward: ForwardOptions | None = None,
+    batch_tokens: int = 16384,
+) -> Iterator[jax.stages.Lowered]:
+    """The programs that `evaluate` runs with these arguments, in its order; `params` may be shapes with layouts.
+
+    Each that is compiled is there already when `evaluate` calls it with arrays that lie as the shapes say.
+
+    Raises: as `evaluate`.
+    """
+    lowered = set()
+    for part in _plan(config, split, shapes, dtype, forward, batch_tokens):
+        tokens = jax.ShapeDtypeStruct((part.num_rows, part.windows.num_columns + 1), split.tokens.dtype)
+        if (tokens, part.step) not in lowered:  # a stride changes no shape
+            lowered.add((tokens, part.step))
+            yield part.step.lower(params, tokens, jax.ShapeDtypeStruct((part.num_rows,), np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What is measured of one (length, stride): windows, of which `step`, from `make_eval_step`, takes `num_rows`."""
+
+    length: int
+    stride: int
+    windows: Windows
+    num_rows: int
+    step: Any
+
+
+def _plan(
+    config: FalconConfig,
+    split: Split,
+    shapes: Iterable[tuple[int, int]],
+    dtype: str,
+    forward: ForwardOptions | None,
+    batch_tokens: int,
+) -> list[_Part]:
     largest = int(split.tokens.max(initial=0))
     if largest >= config.vocab_size:
         raise ConfigError(f"the text holds token {largest}, and the model has a vocab_size of {config.vocab_size}")
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    cut = [(length, stride, cut_windows(split, length, stride)) for length, stride in shapes]
-    for length, stride, windows in cut:
+    parts = []
+    for length, stride in shapes:
+        windows = cut_windows(split, length, stride)
         num_rows = min(max(1, batch_tokens // windows.num_columns), len(windows))
         logit_columns = MAX_LOGIT_BYTES // (4 * num_rows * config.vocab_size)
         options = StepOptions(compute_dtype=dtype, loss_chunk_tokens=min(512, max(16, logit_columns)))
         step = make_eval_step(config, options, forward or ForwardOptions())
-        with tqdm(
-            total=windows.num_targets, desc=f"length {length}, stride {stride}", unit="token", disable=not progress
-        ) as bar:
-            nats = total_nats(step, params, windows, num_rows, advance=bar.update)
-        yield Score(length, stride, nats, windows.num_targets, split.num_bytes)
+        parts.append(_Part(length, stride, windows, num_rows, step))
+    return parts

@@ -8,7 +8,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.attention_norm.reference import Norm, attention_norm_xla
-from pallas_kernels.quantized_matmul.product import Product, in_eights, reason_against_products
+from pallas_kernels.quantized_matmul.product import (
+    MAX_ROWS,
+    Product,
+    form_of,
+    in_eights,
+    in_order,
+    reason_against_products,
+)
 
 
 def attention_norm(
@@ -30,7 +37,7 @@ def attention_norm(
       biases: as many as `xs`, or none.
       counter: what the call before returned, or None for the first of a chain: where blocks of the kernel meet. Calls
         of one program hand it on: two that run at the same time could keep each other's blocks from the GPU for ever.
-      implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows), "xla", or None for the first that takes the call.
+      implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:
       The new residual, a normalized copy for each norm, in the residual's dtype; and the counter for the next call.
@@ -43,18 +50,28 @@ def attention_norm(
     if counter is None:
         counter = jnp.zeros(1, jnp.int32)
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
+    candidates = in_order(products[0].num_rows, form_of(weights[0]), candidates)
     if dispatch.choose("attention_norm", implementation, candidates) == "xla":
         return *attention_norm_xla(xs, weights, biases, residual, norms, epsilon), counter
+
+    D = residual.shape[-1]
+    if products[0].num_rows > MAX_ROWS:
+        from pallas_kernels.attention_norm.wide import attention_norm_wide
+
+        rows = [x.reshape(-1, x.shape[-1]) for x in xs]
+        out, normed, counter = attention_norm_wide(
+            rows, weights, biases, residual.reshape(-1, D), norms, counter, epsilon=epsilon
+        )
+        return out.reshape(residual.shape), [x.reshape(residual.shape) for x in normed], counter
 
     from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
 
     out, normed, counter = attention_norm_mosaic(
         [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, counter, epsilon=epsilon
     )
-    num_rows = residual.size // residual.shape[-1]
 
     def back(x: Array) -> Array:
-        return x[:num_rows].reshape(residual.shape)
+        return x[: products[0].num_rows].reshape(residual.shape)
 
     return back(out), [back(x) for x in normed], counter
 

@@ -238,7 +238,7 @@ class _Block:
             plgpu.barrier_arrive(self.smem["met"])
             plgpu.barrier_wait(self.smem["met"])
         else:
-            pl.when(self.split == 0)(lambda: _meet(self.arrays["counter"], self.block, settings.launch.num_blocks))
+            pl.when(self.split == 0)(lambda: meet(self.arrays["counter"], self.block, settings.launch.num_blocks))
 
         @pl.when(self.split == 0)
         def _normalize():
@@ -295,7 +295,7 @@ def _over_outputs(x: Any, dims: tuple[int, ...]) -> Any:
     return lax.broadcast_in_dim(x, dims, [0])
 
 
-def _meet(counter: Any, block: Any, num_blocks: int) -> None:
+def meet(counter: Any, block: Any, num_blocks: int) -> None:
     """Returns when one warpgroup of each of `num_blocks` blocks has come here; what they wrote before can be read."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))

@@ -9,7 +9,15 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.quantized_matmul.formats import QuantizedWeight
-from pallas_kernels.quantized_matmul.product import SIDE, Product, in_eights, reason_against_products
+from pallas_kernels.quantized_matmul.product import (
+    MAX_ROWS,
+    SIDE,
+    Product,
+    form_of,
+    in_eights,
+    in_order,
+    reason_against_products,
+)
 from pallas_kernels.quantized_matmul.reference import exact_gelu, matmul_xla
 from pallas_kernels.rotary import rotate
 
@@ -23,8 +31,8 @@ def quantized_matmul(
 
     Args:
       num_outputs: O, which the weight's tiles tell only up to a multiple of 64.
-      implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows), "xla", or None: "xla", which alone is
-        differentiable and takes arrays that lie on several devices.
+      implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None: "xla", which alone is differentiable and takes
+        arrays that lie on several devices.
 
     Returns:
       [..., O] in x's dtype.
@@ -41,8 +49,8 @@ def project(products: Sequence[Product], *, implementation: str | None = None) -
 
     Args:
       products: weights of one form, all with as many inputs and rows.
-      implementation: "mosaic" (Hopper GPUs, bfloat16, up to 64 rows: one launch), "xla", or None for the first that
-        takes the call.
+      implementation: "mosaic" (Hopper GPUs, bfloat16: one launch), "xla", or None for the faster one that takes the
+        call.
 
     Returns:
       [..., O] of each product, in x's dtype; of one with slots those, [S, O].
@@ -54,15 +62,23 @@ def project(products: Sequence[Product], *, implementation: str | None = None) -
     for product in products:
         product.check("project")
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
+    candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
     if dispatch.choose("project", implementation, candidates) == "xla":
         return [_project_xla(product) for product in products]
+
+    shapes = [(*product.x.shape[:-1], product.num_outputs) for product in products]
+    if products[0].num_rows > MAX_ROWS:
+        from pallas_kernels.quantized_matmul.wide import project_wide
+
+        rows = [dataclasses.replace(product, x=product.x.reshape(product.num_rows, -1)) for product in products]
+        return [y.reshape(shape) for y, shape in zip(project_wide(rows), shapes, strict=True)]
 
     from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
     made = project_mosaic([_in_eights(product) for product in products])
     return [
-        y if product.slots is not None else y[: product.num_rows].reshape(*product.x.shape[:-1], product.num_outputs)
-        for y, product in zip(made, products, strict=True)
+        y if product.slots is not None else y[: product.num_rows].reshape(shape)
+        for y, product, shape in zip(made, products, shapes, strict=True)
     ]
 
 

@@ -2,8 +2,7 @@
 
 Words lie in the order in which threads hold the instruction's left operand (formats.py), so nothing moves between
 threads: a thread reads its words, and each pair of its weights is cut out of one of them. The arithmetic is exact. A
-code's bits under a fixed exponent are the number "something + code". Of 8 bits that something is taken off here. Of 4
-bits it stays (`OFFSETS`): to take it off the product, by the matrix instruction, is less work than off each weight.
+code's bits under a fixed exponent are the number "something + code", from which that something is taken off.
 """
 
 from typing import Any
@@ -22,30 +21,28 @@ from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 DEPTH = 64
 STEPS = DEPTH // 16  # of the instruction, 16 inputs each
 _THREADS = 128
-# What the numbers that `fragments` makes are above the codes. 4 bits are kept with 8 added, under the exponent of 128.
-OFFSETS = {"int8": 0, "int4": 136}
 
 
 def fragments(words: Any, form: str, *, interpretable: bool) -> list[Any]:
-    """The codes of a group, plus OFFSETS, as bfloat16 [64 outputs, 64 inputs], twice: its first 64 inputs and its last.
+    """The codes of a group as bfloat16 [64 outputs, 64 inputs], twice: its first 64 inputs and its last.
 
     words: a reference to shared memory, int32 [words of a group / 128, 128].
     """
     if interpretable:
-        codes = (unpack(words[...].reshape(1, 1, -1)) + OFFSETS[form]).astype(jnp.bfloat16)
+        codes = unpack(words[...].reshape(1, 1, -1)).astype(jnp.bfloat16)
         return [codes[:, start : start + DEPTH] for start in range(0, GROUP, DEPTH)]
 
     shape = plgpu.ShapeDtypeStruct((TILE, DEPTH), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[shape] * (GROUP // DEPTH))
     def emit(_, words):
-        return [_operand(words, form, part) for part in range(GROUP // DEPTH)]
+        return [operand(words, form, part) for part in range(GROUP // DEPTH)]
 
     return emit(words)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
 
 
-def _operand(words: ir.Value, form: str, part: int) -> Any:
-    """A part of 64 inputs: registers [block of 8 inputs, half of 16 outputs], two inputs each."""
+def operand(words: ir.Value, form: str, part: int) -> Any:
+    """A part of 64 inputs, in `inline_mgpu`: registers [block of 8 inputs, half of 16 outputs], two inputs each."""
     i32, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
     thread = arith.remui(mgpu.thread_idx(), mgpu.c(_THREADS, i32))
     start = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(words))
@@ -72,14 +69,16 @@ def _operand(words: ir.Value, form: str, part: int) -> Any:
 
 
 def _pair_of_4_bits(word: ir.Value, place: int) -> ir.Value:
-    """The codes at bits 4 place and 4 place + 16, plus 136, as two bfloat16."""
-    # 0x4300 is 128, whose last bit counts 1.
+    """The codes at bits 4 place and 4 place + 16, as two bfloat16."""
+    # 0x4300 is 128, whose last bit counts 1; 0x4308 is 136: codes are kept with 8 added.
     ptx = """{
-        .reg .b32 a;
+        .reg .b32 a, b;
         shr.u32 a, $1, %d;
-        lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 b, a, 0x000F000F, 0x43004300, 0xEA;
+        sub.rn.bf16x2 $0, b, $2;
     }""" % (4 * place)  # noqa: UP031 (braces and percent signs are PTX's own)
-    return mgpu.utils.inline_ptx(ptx, word, result_types=ir.IntegerType.get_signless(32))
+    i32 = ir.IntegerType.get_signless(32)
+    return mgpu.utils.inline_ptx(ptx, word, mgpu.c(0x43084308, i32), result_types=i32)
 
 
 def _pair_of_8_bits(word: ir.Value, half: int) -> ir.Value:

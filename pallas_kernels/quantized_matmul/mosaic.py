@@ -57,7 +57,7 @@ def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpr
     def body(*refs: Any, smem: dict[str, Any], out_smem: Any) -> None:
         arrays, made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
         given = arrays["products"]
-        outs = [next(made) if product.slots is None else None for product in products]
+        outs: list[Any] = [next(made) if product.slots is None else None for product in products]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
 
         def make(warpgroup: Any) -> Stream:

@@ -36,8 +36,7 @@ class Plan:
         """Shared memory of a block, without what comes after the products."""
         of_tile = {"native": 2 * GROUP * TILE, "int8": GROUP * TILE + 4 * TILE, "int4": GROUP * TILE // 2 + 2 * TILE}
         chunk = self.groups * (self.width * of_tile[form] + 2 * GROUP * num_rows)
-        constants = TILE * 128 if form == "int4" else 0
-        return self.warpgroups * (self.stages * chunk + 2 * num_rows * TILE * 4) + constants
+        return self.warpgroups * (self.stages * chunk + 2 * num_rows * TILE * 4)
 
 
 def fitting_plan(

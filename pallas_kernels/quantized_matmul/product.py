@@ -5,7 +5,7 @@ Imports no kernel, so that a model can ask whether its tokens would fit one.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.quantized_matmul.formats import QuantizedWeight, storage
 
-MAX_ROWS = 64  # of x, in one launch
+MAX_ROWS = 64  # of x, up to which weights are streamed by them (stream.py); more are prompts (wide_tiles.py)
 ROWS_AT_ONCE = 8  # the matrix instruction's
 SIDE = 64  # inputs and outputs come in multiples of it
 
@@ -87,8 +87,8 @@ def reason_against(num_rows: int, sizes: Sequence[int], dtype: DTypeLike) -> str
     """Why the kernels cannot take so many rows of products with these inputs and outputs, or None where they can."""
     if dtype != jnp.bfloat16:
         return f"it takes bfloat16, not {jnp.dtype(dtype)}"
-    if not 1 <= num_rows <= MAX_ROWS:
-        return f"it takes 1 to {MAX_ROWS} rows, not {num_rows}"
+    if num_rows < 1:
+        return "it takes rows, and there are none"
     if any(size % SIDE for size in sizes):
         return f"it takes multiples of {SIDE} inputs and outputs, not {', '.join(map(str, sizes))}"
     return None
@@ -102,10 +102,21 @@ def reason_against_products(products: Sequence[Product]) -> str | None:
     for product in products:
         if forms == ["native"] and product.weight.dtype != product.x.dtype:
             return f"it takes x and weights of one dtype, not {product.x.dtype} and {product.weight.dtype}"
+        if product.num_rows > MAX_ROWS and (product.rotary is not None or product.slots is not None):
+            return f"it rotates and fills slots with up to {MAX_ROWS} rows, not {product.num_rows}"
         sizes = product.x.shape[-1], product.num_outputs
         if (reason := reason_against(product.num_rows, sizes, product.x.dtype)) is not None:
             return reason
     return None
+
+
+def in_order(num_rows: int, form: str, candidates: Mapping[str, Any]) -> dict[str, Any]:
+    """The implementations "mosaic" and "xla", the faster one first, as measured on an H200 (benchmarks/LOG.md).
+
+    With many rows and weights of 16 bits XLA's products are as fast as matrix units go. It unpacks others first.
+    """
+    names = ("xla", "mosaic") if num_rows > MAX_ROWS and form == "native" else ("mosaic", "xla")
+    return {name: candidates[name] for name in names}
 
 
 def in_eights(x: jax.Array) -> jax.Array:

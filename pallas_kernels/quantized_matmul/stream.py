@@ -30,7 +30,7 @@ from pallas_kernels import compat
 from pallas_kernels.hopper import filled, tiled
 from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, storage
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.fragments import DEPTH, OFFSETS, fragments
+from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
 from pallas_kernels.quantized_matmul.plan import Launch, Plan
 
 MATRIX = plgpu.Layout.WGMMA
@@ -76,9 +76,6 @@ def scratch(launch: Launch, num_rows: int) -> dict[str, Any]:
     num_words = storage(form, GROUP, TILE).values.shape[-1]
     buffers["weights"] = plgpu.SMEM((W, stages, width, groups, num_words // 128, 128), jnp.int32)
     buffers["scales"] = plgpu.SMEM((W, stages, width, count, TILE), dtype)
-    if OFFSETS[form]:
-        buffers["offset"] = tiled(TILE, DEPTH, dtype=jnp.bfloat16)
-        buffers["offset_filled"] = plgpu.Barrier(num_arrivals=1)
     if compat.interpreting():  # which takes both operands from shared memory
         buffers["codes"] = tiled(W, TILE, DEPTH, dtype=jnp.bfloat16)
     return buffers
@@ -132,16 +129,6 @@ class Stream:
         if not self.plan.producer:
             for n in range(self.plan.stages):
                 self._start(jnp.int32(n))
-        if "offset" in self.smem:
-
-            @pl.when(self.warpgroup == 0)
-            def _fill() -> None:
-                offset = jnp.full((TILE, DEPTH), -OFFSETS[self.form], jnp.bfloat16)
-                self.smem["offset"][...] = plgpu.layout_cast(offset, MATRIX)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(self.smem["offset_filled"])
-
-            plgpu.barrier_wait(self.smem["offset_filled"])
 
     def produce(self) -> None:
         """Starts all copies, as `warpgroup` empties its stages: what a warp of the producer does."""
@@ -265,18 +252,15 @@ class Stream:
             group, i = units[number]
             return fragments(weights.at[i, group], self.form, interpretable=self.interpretable)
 
-        # From shared memory: there are no registers to spare.
-        offsets = [self.smem["offset"]] if "offset" in self.smem else []
         totals, parts = list(totals), operands(0)
         for number, (group, i) in enumerate(units):
 
             def product(accumulator: Any, parts: list[Any] = parts, group: int = group, number: int = number) -> Any:
                 for part, codes in enumerate(parts):
                     inputs = pl.ds(group * GROUP + part * DEPTH, DEPTH)
-                    for left in (self._left(codes), *offsets):
-                        plgpu.wgmma(accumulator, left, x.at[:, inputs].transpose((1, 0)))
-                        if self.interpretable:
-                            plgpu.wgmma_wait(0)
+                    plgpu.wgmma(accumulator, self._left(codes), x.at[:, inputs].transpose((1, 0)))
+                    if self.interpretable:
+                        plgpu.wgmma_wait(0)
                 following = operands(number + 1)  # while the product is under way
                 return accumulator[...], following
 

@@ -22,6 +22,14 @@ def raise_after_one(error, *, say):
     raise error
 
 
+def read_switch(*, say):
+    yield os.environ.get("PLACES_SWITCH")
+
+
+def switch():
+    os.environ["PLACES_SWITCH"] = "on"
+
+
 def die_after_one(*, say):
     yield 1
     os._exit(7)
@@ -46,6 +54,11 @@ def test_values_and_lines_come_from_another_process():
     (process,) = {process for _, process in values}
     assert process != os.getpid()
     assert [value for value, process in places.here(count, 2, say=lines.append) if process == os.getpid()] == [0, 1]
+
+
+def test_a_process_is_prepared_before_anything_else():
+    assert list(places.in_own_process(read_switch, say=print, prepare=switch)) == ["on"]
+    assert list(places.in_own_process(read_switch, say=print)) == [None]
 
 
 def test_an_error_comes_with_its_traceback():

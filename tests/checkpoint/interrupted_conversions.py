@@ -76,7 +76,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before anything is written": kill_at(ArrayFolder, "create", 1),
     "before the first tensor": kill_at(HFFolder, "read", 1),
     "in the midst": kill_at(HFFolder, "read", 9),
-    "written but in no place": kill_at(convert_module.ArrayFolder, "put", 8),
+    "written but in no place": kill_at(ArrayFolder, "put", 8),
     "between two arrays of a tensor": kill_at(os, "rename", 30),
     "in place but not in the journal": kill_at(ArrayFolder, "put", 8, after=True),
     "in half a journal line": half_a_journal_line,

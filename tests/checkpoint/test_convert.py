@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from falcon_jax.checkpoint import CheckpointError, convert, load, mapping
+from falcon_jax.checkpoint.store import ArrayFolder
 from falcon_jax.config import PRESETS, FalconConfig
 from falcon_jax.model import params as model_params
 from tests import hf_models
@@ -309,7 +310,7 @@ def test_unknown_settings_are_refused(source, tmp_path, arguments, message):
 def test_an_error_in_the_midst_leaves_nothing_that_loads(source, tmp_path, monkeypatch):
     module = importlib.import_module("falcon_jax.checkpoint.convert")
     monkeypatch.setattr(module, "GROUP_BYTES", 0)
-    original = module.ArrayFolder.put
+    original = ArrayFolder.put
     calls = []
 
     def put(self, arrays):
@@ -318,7 +319,7 @@ def test_an_error_in_the_midst_leaves_nothing_that_loads(source, tmp_path, monke
             raise OSError(28, "No space left on device")
         original(self, arrays)
 
-    monkeypatch.setattr(module.ArrayFolder, "put", put)
+    monkeypatch.setattr(ArrayFolder, "put", put)
     with pytest.raises(OSError, match="No space"):
         convert(source, tmp_path / "out", progress=False)
     with pytest.raises(CheckpointError, match="interrupted"):

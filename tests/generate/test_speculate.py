@@ -174,6 +174,18 @@ def test_compilations_do_not_grow_with_what_is_accepted():
         assert compiled != []
 
 
+def test_decoding_is_compiled_once_where_parameters_are_tied_to_a_device():
+    """As in a loaded checkpoint. An array that the host makes is tied to none, to JAX another argument."""
+    config = models.tiny("falcon-7b", eos_token_ids=())
+    engine = Engine(config, jax.device_put(models.random_params(config), jax.devices()[0]))
+    generation = engine.start(PROMPTS, max_new_tokens=MAX_NEW_TOKENS, sampling=DRAWN, num_drafted=4)
+    for _ in range(2):  # the prompts' tokens, then the first call that decodes
+        generation.next_chunk(1)
+    with count_compilations() as compiled:
+        generation.next_chunk(1)
+    assert compiled == [] and not generation.finished
+
+
 def test_two_by_two_devices_speculate_as_one_does(cpu_devices, engine):
     config = engine.model.config
     prompts = [*PROMPTS, [7, 7, 7]]

@@ -41,7 +41,7 @@ def test_logits_with_kernels_stay_within_twice_the_error_of_xla(name):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("num_rows", [1, 20])
-def test_decoding_through_fused_stages_stays_within_twice_the_error_of_xla(name, weights, num_rows):
+def test_prompts_and_decoding_through_fused_stages_stay_within_twice_the_error_of_xla(name, weights, num_rows):
     if (reason := compat.mosaic_reason()) is not None:
         pytest.skip(reason)
     config = dataclasses.replace(PRESETS[name], num_layers=2, vocab_size=512)
@@ -58,4 +58,4 @@ def test_decoding_through_fused_stages_stays_within_twice_the_error_of_xla(name,
 
         return jax.jit(run)(model_params.cast(params, dtype), ids)
 
-    require_close(logits(None, jnp.bfloat16), logits("xla", jnp.bfloat16), logits("xla", jnp.float32))
+    require_close(logits("mosaic", jnp.bfloat16), logits("xla", jnp.bfloat16), logits("xla", jnp.float32))

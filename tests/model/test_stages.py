@@ -70,6 +70,20 @@ def test_stages_equal_the_layers(name, shape):
         np.testing.assert_allclose(some[living], others[living], atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["falcon-rw-1b", "falcon-40b", "falcon-40b-alibi"])
+def test_prompts_through_stages_equal_the_layers(name):
+    config = tiny(name)
+    params, cache, ids = start(config, 2, 9, jnp.float32)
+    ids, num_tokens = jnp.tile(ids, (1, 4)), jnp.asarray([36, 30])  # more rows than are streamed
+    cache = KVCache.create(config, 2, 64, jnp.float32)
+    made, kept = through_stages(config, params, cache, ids, num_tokens, "xla")
+    expected, expected_kept = through_layers(config, params, cache, ids, num_tokens)
+    np.testing.assert_allclose(made[0], expected[0], atol=2e-5)
+    np.testing.assert_allclose(made[1, :30], expected[1, :30], atol=2e-5)
+    for some, others in zip(jax.tree.leaves(kept), jax.tree.leaves(expected_kept), strict=True):
+        np.testing.assert_allclose(some[0, :36], others[0, :36], atol=2e-5)
+
+
 def small(name: str) -> FalconConfig:
     """A variant whose widths are multiples of 64, in one layer."""
     heads = {"falcon-rw-1b": (2, 2), "falcon-7b": (3, 1), "falcon-40b": (4, 2), "falcon-40b-alibi": (2, 1)}[name]

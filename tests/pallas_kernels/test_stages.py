@@ -1,5 +1,6 @@
 """The input and the output stage: kernels interpreted with race detection, and XLA's form, against float32."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,7 @@ from pallas_kernels.quantized_matmul import Product, project, quantize, quantize
 from pallas_kernels.quantized_matmul.mosaic import gelu, project_mosaic
 from pallas_kernels.quantized_matmul.plan import Plan, fitting_plan, output_plan
 from pallas_kernels.quantized_matmul.reference import matmul_reference
+from pallas_kernels.rotary import rotate
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.tolerance import require_close
 
@@ -110,6 +112,39 @@ def test_output_stage(monkeypatch, form, sizes, width, num_rows, num_norms, num_
         require_close(some, other, exact)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_input_stage_rotates_heads_and_writes_slots(form):
+    x, num_tokens = normal(0, 8, 256), 6
+    angles = np.random.default_rng(1).uniform(0, 6, (8, 32)).astype(np.float32)
+    rotary = jnp.cos(angles).astype(jnp.bfloat16), jnp.sin(angles).astype(jnp.bfloat16)
+    places = jnp.asarray([3, 19, 0, 20, 7, 8], jnp.int32)  # the fourth has none
+
+    def products() -> list[Product]:
+        slots = [normal(10 + i, 20, 128) for i in range(2)]
+        return [
+            Product(x, weight(2, 256, 192, form), 192, normal(5, 192), rotary=rotary),
+            Product(x, weight(3, 256, 128, form), 128, rotary=rotary, slots=(slots[0], places)),
+            Product(x, weight(4, 256, 128, form), 128, slots=(slots[1], places)),
+        ]
+
+    with interpreted():
+        made = jax.block_until_ready(project_mosaic(products(), plan=Plan(2, 2)))
+    plain = project(products(), implementation="xla")
+    without_slots = [dataclasses.replace(product, slots=None) for product in products()]
+    for i, (some, other, product) in enumerate(zip(made, plain, without_slots, strict=True)):
+        exact = product_reference(product)
+        if product.rotary is not None:
+            cos, sin = (jnp.tile(part.astype(jnp.float32), 2) for part in rotary)
+            exact = rotate(exact.reshape(8, -1, 64), cos, sin).reshape(exact.shape)
+        if i > 0:
+            written = np.asarray([place for place in places.tolist() if place < 20])
+            untouched = np.setdiff1d(np.arange(20), written)
+            np.testing.assert_array_equal(some[untouched], normal(10 + i - 1, 20, 128)[untouched])
+            kept = np.asarray([0, 1, 2, 4, 5])
+            some, other, exact = some[written], other[written], exact[:num_tokens][kept]
+        require_close(some, other, exact)
+
+
 def test_calls_of_any_rows_go_through_eights():
     x, w = normal(0, 3, 1, 128), weight(1, 128, 64, "int4")
     with interpreted():
@@ -166,7 +201,10 @@ def test_what_does_not_fit_is_refused():
     with compat.assume_capability(compat.HOPPER):
         for product, reason in [
             (Product(x.astype(jnp.float32), w.astype(jnp.float32), 64), "it takes bfloat16"),
-            (Product(normal(0, 65, 128), w, 64), "it takes 1 to 64 rows, not 65"),
+            (
+                Product(normal(0, 72, 128), w, 64, rotary=(normal(2, 72, 32), normal(3, 72, 32))),
+                "it rotates .* with up to 64",
+            ),
             (Product(normal(0, 8, 100), normal(1, 100, 64), 64), "multiples of 64 inputs"),
         ]:
             with pytest.raises(NotImplementedError, match=reason):

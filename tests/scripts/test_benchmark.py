@@ -51,7 +51,8 @@ def call(script, monkeypatch, capfd):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+        # A cache would last beyond the test, and stay switched on in this process.
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--compilation-cache", "off"])
         code = script.run()
         return code, *capfd.readouterr()
 
@@ -94,6 +95,9 @@ def test_last_line_says_limit_ours_peers_and_machine(call, folder, results):
         assert result["decode_tokens_per_s"] == pytest.approx(2e3 / result["ms_per_step"])
         assert result["ms_per_step"] * steps < 1e3 * sum(total for _, total in result["runs_s"])
         assert result["interleaved"] and result["weights"] == "native"
+    # Without a cache nothing comes from one; what the peer compiles is not JAX's.
+    programs = [result.get("warm_up_programs") for result in measured]
+    assert programs[0]["compiled"] >= 3 and programs[0]["from_cache"] == 0 and programs[1] is None
     assert measured[0]["share_of_read_limit"] > 0 and measured[0]["share_of_flops_limit"] > 0
     assert document["limit"]["weight_bytes"] > 0 and document["limit"]["read_bytes_per_s"] > 0
     assert set(document["ratios"]) >= {"decode", "first_token", "in_all"}

@@ -38,6 +38,8 @@ def call(monkeypatch, capsys):
     script = commands.load_script("evaluate")
 
     def run(*arguments: object) -> tuple[int | str | None, str, str]:
+        # A cache would last beyond the test, and stay switched on in this process.
+        arguments = (*arguments, "--compilation-cache", "off")
         return commands.exit_code(script, monkeypatch, *arguments), *capsys.readouterr()
 
     return run

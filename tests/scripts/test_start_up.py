@@ -33,7 +33,7 @@ def note(event, _, *, fun_name="", **__):
     if event == "/jax/core/compile/backend_compile_duration":
         names.append(fun_name)
 
-how = {"dtype": "float32", "alibi": "float32", "max_cache_tokens": None}
+how = {"dtype": "float32", "alibi": "float32", "cuda_graphs": True, "max_cache_tokens": None}
 model = Falcon.from_checkpoint(**how)
 jax.monitoring.register_event_duration_secs_listener(note)
 for num_words, request in json.loads(input()):
@@ -110,7 +110,8 @@ def test_programs_compiled_ahead_are_those_that_run():
         (5, {"max_new_tokens": 1}),
         # Two kinds of prefill calls, and a program more for the copies.
         (1100, {"max_new_tokens": 2, "num_samples": 2, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1}),
-        (5, {"max_new_tokens": 40, "speculate": 4, "repetition_penalty": 1.1}),
+        # So hot that drafts fail and the decoding is called again, with what its first call gave.
+        (5, {"max_new_tokens": 80, "speculate": 4, "temperature": 1.5, "repetition_penalty": 1.1}),
     ]
     result = run("-c", AHEAD, text=json.dumps(requests))
     assert result.returncode == 0, result.stderr
@@ -173,6 +174,14 @@ def test_default_folder_is_in_the_users_cache(monkeypatch, tmp_path, cache_home,
     monkeypatch.setenv("XDG_CACHE_HOME", cache_home.format(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert commands.default_folder() == tmp_path / parent / "falcon_jax" / "xla"
+
+
+def test_a_hugging_face_folder_is_loaded_without_orbax():
+    code = "import sys, falcon_jax, falcon_jax.commands; falcon_jax.Falcon.from_checkpoint(); print(*sys.modules)"
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    modules = result.stdout.split()
+    assert "falcon_jax.checkpoint.load" in modules and not {"orbax", "tensorstore"} & set(modules)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["x", "--no-such-flag"], ["x", "--file", "y"]])

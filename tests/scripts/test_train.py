@@ -53,6 +53,7 @@ def train(call, tmp_path, corpus, tokenizer_folder):
     }
 
     def run(**changes: object) -> tuple[int, str, str]:
+        settings["--compilation-cache"] = "off"  # a cache would stay switched on in this process
         chosen = settings | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
         return call("train", *(part for pair in chosen.items() for part in pair))
 

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from falcon_jax.errors import ConfigError
 from falcon_jax.model import params as model_params
 from falcon_jax.model.decoder import ForwardOptions
 from falcon_jax.train.data import Split, tokenize_corpus
-from falcon_jax.train.evaluation import Score, cut_windows, evaluate
+from falcon_jax.train.evaluation import Score, cut_windows, evaluate, lower_ahead
 from falcon_jax.train.step import StepOptions, make_eval_step
 from tests import models
+from tests.compilations import count_compilations
 from tests.train import toys
 
 TWO_DOCUMENTS = Split(np.asarray([0, 1, 2, 3, 4, 5, 0, 6, 7], np.uint16), np.asarray([0, 6]), 7)
@@ -77,6 +79,22 @@ def test_scores_are_those_of_numpy_at_any_length_and_stride(
         assert score.num_tokens == len(split.tokens) - 2
         assert score.bits_per_byte == pytest.approx(expected / math.log(2) / split.num_bytes, rel=1e-5)
         assert score.perplexity == pytest.approx(math.exp(expected / score.num_tokens), rel=1e-4)
+
+
+def test_programs_compiled_ahead_are_those_that_run(model_config: FalconConfig) -> None:
+    device = jax.devices()[0]
+    params = jax.device_put(models.random_params(model_config), device)
+    layout = jax.sharding.SingleDeviceSharding(device)
+    described = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), params)
+    # Two strides of one length share a program.
+    shapes, settings = [(3, 3), (5, 5), (5, 2)], {"dtype": "float32", "batch_tokens": 7}
+    programs = list(lower_ahead(model_config, described, TWO_DOCUMENTS, shapes, **settings))
+    assert len(programs) == 2
+    for program in programs:
+        program.compile()
+    with count_compilations() as compiled:
+        scores = list(evaluate(model_config, params, TWO_DOCUMENTS, shapes, **settings, progress=False))
+    assert len(scores) == 3 and compiled == []
 
 
 def test_padding_does_not_change_the_angles_of_dynamic_rope() -> None:

@@ -1,0 +1,275 @@
+"""What is compiled: the functions that read a prompt, choose tokens and decode, as pure functions of arrays.
+
+Owns how they are jitted. Knows no request and keeps nothing between calls: that is the engine's.
+Letters: B batch, T query tokens, S cache length, D width, V vocabulary, E end-of-text tokens, P prompts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from falcon_jax import sharding
+from falcon_jax.generate import speculate
+from falcon_jax.generate.sampling import SamplingKind, SamplingValues, sample_at
+from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model
+from falcon_jax.model.cache import KVCache
+from falcon_jax.model.decoder import FalconDecoder
+from falcon_jax.model.params import Params, bind
+
+# No kinds of operations, where by default XLA captures runs of five kernels or more. The captured ones are launched as
+# one CUDA graph, which XLA calls a command buffer.
+WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+
+
+class Program[**P, R]:
+    """A jitted function of a model, whose `cuda_graphs` decides how it is compiled.
+
+    Args:
+      function: takes its `model`, which is static, by keyword.
+      options: of jax.jit, without "model" among the static arguments.
+    """
+
+    def __init__(self, function: Callable[P, R], *, static_argnames: str | tuple[str, ...] = (), **options: Any):
+        names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+        # jax.jit takes XLA's options where it wraps and not where it is called.
+        wrap = functools.partial(jax.jit, function, static_argnames=("model", *names), **options)
+        self._default = wrap()
+        self._without_cuda_graphs = wrap(compiler_options=WITHOUT_CUDA_GRAPHS)
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._wrapped(kwargs)(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As the method of what jax.jit returns: arguments may be shapes."""
+        return self._wrapped(kwargs).lower(*args, **kwargs)
+
+    def _wrapped(self, keywords: Any) -> Any:
+        return self._default if keywords["model"].cuda_graphs else self._without_cuda_graphs
+
+
+@functools.partial(Program, static_argnames="is_first", donate_argnames=("cache", "last"))
+def prefill(
+    params: Params,
+    token_ids: Int[Array, "B T"],
+    start: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    cache: KVCache,
+    last: Float[Array, "B D"],
+    *,
+    model: Model,
+    is_first: bool,
+) -> tuple[KVCache, Float[Array, "B D"]]:
+    """Reads columns start .. start + T of the prompts; `last` collects the state of each row's last token.
+
+    The first call, with start = 0, attends to its own T keys alone instead of the whole empty cache.
+    """
+    T = token_ids.shape[1]
+    num_tokens = jnp.clip(lengths - start, 0, T)
+    hidden, cache = _read(_decoder(params, model), token_ids, cache, num_tokens, cache_is_empty=is_first)
+    column = lengths - 1 - start
+    picked = jnp.take_along_axis(hidden, jnp.clip(column, 0, T - 1)[:, None, None], axis=1)[:, 0]
+    last = jnp.where(((column >= 0) & (column < T))[:, None], picked, last)
+    return _lay_out((cache, last), model.mesh)
+
+
+@functools.partial(Program, static_argnames="num_copies")
+def repeat_rows(
+    cache: KVCache, last: Float[Array, "P D"], *, model: Model, num_copies: int
+) -> tuple[KVCache, Float[Array, "B D"]]:
+    """Each row `num_copies` times, copies side by side."""
+    return _lay_out((cache.repeat(num_copies), jnp.repeat(last, num_copies, axis=0)), model.mesh)
+
+
+@functools.partial(Program, static_argnames="kind")
+def first_token(
+    params: Params,
+    last: Float[Array, "B D"],
+    lengths: Int[Array, " B"],
+    keys: Key[Array, " B"] | None,
+    seen: Bool[Array, "B V"] | None,
+    history: Int[Array, "B S"] | None,
+    values: SamplingValues,
+    eos_token_ids: Int[Array, " E"],
+    *,
+    model: Model,
+    kind: SamplingKind,
+) -> tuple[Bool[Array, "B V"] | None, Int[Array, "B S"] | None, Chunk]:
+    """Chooses the token after each prompt, as a chunk of one column; notes it in `seen` and `history`.
+
+    Both come back even so that they lie where the parameters do: an array that the host made is tied to no device, and
+    what decodes would be compiled once for such a one and again for its own results.
+    """
+    logits = _decoder(params, model).logits(last)
+    tokens, logprobs, seen = _choose(logits, keys, lengths, seen, values, kind)
+    if history is not None:
+        history = speculate.append(history, tokens[:, None], lengths, jnp.ones_like(lengths))
+    done = jnp.isin(tokens, eos_token_ids)
+    seen, history, tokens, done, logprobs = _lay_out((seen, history, tokens, done, logprobs), model.mesh)
+    chunk = Chunk(tokens[:, None], logprobs[:, None], jnp.ones_like(tokens), jnp.zeros_like(tokens), done)
+    return seen, history, chunk
+
+
+@functools.partial(Program, static_argnames="kind", donate_argnames="state")
+def decode(
+    params: Params,
+    state: DecodeState,
+    num_steps: Int[Array, ""],
+    stopped: Bool[Array, " B"],
+    keys: Key[Array, " B"] | None,
+    values: SamplingValues,
+    eos_token_ids: Int[Array, " E"],
+    *,
+    model: Model,
+    kind: SamplingKind,
+) -> tuple[DecodeState, Chunk]:
+    """Makes up to min(num_steps, 32) tokens a row; ends early once all rows are done.
+
+    Args:
+      state: donated.
+      num_steps: traced, so that streaming by the token and generating by the chunk run the same executable.
+      stopped: rows that the host has ended since the last call.
+      keys: one a row, into which each step folds the position; None for greedy.
+      eos_token_ids: a row that makes one of them is done, that token being its last. No logit is masked.
+    """
+    decoder = _decoder(params, model)
+    state = dataclasses.replace(state, done=state.done | stopped)
+
+    def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
+        active = ~state.done
+        hidden, cache = _read(decoder, state.tokens[:, None], state.cache, active.astype(jnp.int32))
+        logits = decoder.logits(hidden[:, 0])
+        tokens, logprobs, seen = _choose(logits, keys, cache.lengths, state.seen, values, kind)
+        tokens = jnp.where(active, tokens, state.tokens)
+        chunk = Chunk(
+            jax.lax.dynamic_update_slice(chunk.tokens, tokens[:, None], (0, step)),
+            jax.lax.dynamic_update_slice(chunk.logprobs, logprobs[:, None], (0, step)),
+            chunk.counts + active.astype(jnp.int32),
+            chunk.steps + active.astype(jnp.int32),
+            state.done | jnp.isin(tokens, eos_token_ids),
+        )
+        return DecodeState(cache, tokens, chunk.done, seen), chunk
+
+    return _repeat(advance, num_steps, state, Chunk.empty(state.done, CHUNK), model.mesh)
+
+
+@functools.partial(Program, static_argnames=("num_drafted", "kind"), donate_argnames="state")
+def decode_drafted(
+    params: Params,
+    state: DecodeState,
+    num_steps: Int[Array, ""],
+    stopped: Bool[Array, " B"],
+    left: Int[Array, " B"],
+    keys: Key[Array, " B"] | None,
+    values: SamplingValues,
+    eos_token_ids: Int[Array, " E"],
+    *,
+    num_drafted: int,
+    model: Model,
+    kind: SamplingKind,
+) -> tuple[DecodeState, Chunk]:
+    """`decode` with 1 to 1 + `num_drafted` tokens a row and step, the same tokens (see `speculate`).
+
+    Args:
+      state: donated; with a history.
+      left: how many tokens each row may still get; a row that has them all is done.
+      num_drafted: at least 1; static, as it decides the shapes.
+      num_steps, stopped, keys, eos_token_ids: as in `decode`.
+    """
+    decoder = _decoder(params, model)
+    state = dataclasses.replace(state, done=state.done | stopped | (left == 0))
+
+    def forward(token_ids: Array, cache: KVCache, num_tokens: Array) -> tuple[Float[Array, "B T V"], KVCache]:
+        hidden, cache = _read(decoder, token_ids, cache, num_tokens)
+        return decoder.logits(hidden), cache
+
+    def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
+        return speculate.advance(
+            state, chunk, left, forward, keys, values, eos_token_ids, kind=kind, num_drafted=num_drafted
+        )
+
+    empty = Chunk.empty(state.done, CHUNK * (num_drafted + 1))
+    return _repeat(advance, num_steps, state, empty, model.mesh)
+
+
+@Program
+def all_logits(
+    params: Params, token_ids: Int[Array, "B T"], lengths: Int[Array, " B"], *, model: Model
+) -> Float[Array, "B T V"]:
+    """Float32 logits at every position, without a cache."""
+    decoder = _decoder(params, model)
+    hidden, _ = decoder(token_ids, num_tokens=lengths)
+    return decoder.logits(hidden)
+
+
+def _decoder(params: Params, model: Model) -> FalconDecoder:
+    return bind(model.config, params, model.options, model.mesh)
+
+
+def _read(
+    decoder: FalconDecoder,
+    token_ids: Int[Array, "B T"],
+    cache: KVCache,
+    num_tokens: Int[Array, " B"],
+    *,
+    cache_is_empty: bool = False,
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    hidden, filled = decoder(token_ids, cache=cache, num_tokens=num_tokens, cache_is_empty=cache_is_empty)
+    assert filled is not None  # a cache came in
+    return hidden, filled
+
+
+def _choose(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"] | None,
+    positions: Int[Array, " B"],
+    seen: Bool[Array, "B V"] | None,
+    values: SamplingValues,
+    kind: SamplingKind,
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, "B V"] | None]:
+    """Samples the token at each row's position, and notes it as seen where a penalty asks for that."""
+    tokens, logprobs = sample_at(logits, keys, positions, values, seen, kind)
+    if seen is not None:
+        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+    return tokens, logprobs, seen
+
+
+def _repeat(
+    advance: Callable[[Array, DecodeState, Chunk], tuple[DecodeState, Chunk]],
+    num_steps: Int[Array, ""],
+    state: DecodeState,
+    chunk: Chunk,
+    mesh: Mesh | None,
+) -> tuple[DecodeState, Chunk]:
+    """advance(step, state, chunk), over and over: up to min(num_steps, 32) times, or until all rows are done."""
+
+    def unfinished(carry: tuple[Array, DecodeState, Chunk]) -> Bool[Array, ""]:
+        step, state, _ = carry
+        return (step < jnp.minimum(num_steps, CHUNK)) & ~jnp.all(state.done)
+
+    def body(carry: tuple[Array, DecodeState, Chunk]) -> tuple[Array, DecodeState, Chunk]:
+        step, state, chunk = carry
+        state, chunk = advance(step, state, chunk)
+        return step + 1, _lay_out(state, mesh), chunk
+
+    _, state, chunk = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, chunk))
+    return _lay_out(state, mesh), chunk
+
+
+def _lay_out(tree, mesh: Mesh | None):
+    """Pins arrays of rows to their layout on the mesh, so that results fit the next call without a copy."""
+    if mesh is None:
+        return tree
+
+    def pin(array: Array) -> Array:
+        # Cache arrays alone have four axes.
+        rule = sharding.cache_sharding if array.ndim == 4 else sharding.batch_sharding
+        return jax.lax.with_sharding_constraint(array, rule(array.shape, mesh))
+
+    return jax.tree.map(pin, tree)

@@ -1,0 +1,103 @@
+"""How the engine's functions are compiled: with CUDA graphs by default, without them where the model says so."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from falcon_jax import Falcon
+from falcon_jax.generate import programs
+from falcon_jax.generate.engine import Engine
+from falcon_jax.generate.sampling import Sampling
+from falcon_jax.generate.state import Model
+from falcon_jax.model.step import ForwardOptions
+from tests import models
+from tests.compilations import count_compilations
+from tests.generate.runs import drain
+from tests.pallas_kernels import hopper
+
+CONFIG = models.tiny("falcon-40b-alibi", eos_token_ids=())
+CAPTURED, NOT_CAPTURED = (Model(CONFIG, ForwardOptions(), None, cuda_graphs) for cuda_graphs in (True, False))
+
+
+def scale(array: jax.Array, *, factor: int, model: Model) -> jax.Array:
+    assert model.config == CONFIG
+    return array * factor
+
+
+def test_the_option_reaches_xla_only_where_graphs_are_off(monkeypatch):
+    monkeypatch.setattr(programs, "WITHOUT_CUDA_GRAPHS", {"xla_gpu_no_such_option": ""})
+    program = programs.Program(scale, static_argnames="factor")
+    assert program(jnp.ones(3), factor=2, model=CAPTURED).tolist() == [2, 2, 2]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        program(jnp.ones(3), factor=2, model=NOT_CAPTURED)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        program.lower(jnp.ones(3), factor=2, model=NOT_CAPTURED).compile()
+
+
+@pytest.mark.parametrize("model", [CAPTURED, NOT_CAPTURED], ids=["captured", "not captured"])
+def test_what_is_compiled_ahead_is_what_runs(model):
+    program = programs.Program(scale, static_argnames="factor", donate_argnames="array")
+    program.lower(jax.ShapeDtypeStruct((3,), jnp.float32), factor=2, model=model).compile()
+    array = jnp.ones(3)
+    with count_compilations() as compiled:
+        assert program(array, factor=2, model=model).shape == (3,)
+    assert compiled == [] and array.is_deleted()
+
+
+def test_without_a_gpu_the_switch_changes_nothing(cpu_devices):
+    params = jax.device_put(models.random_params(CONFIG), cpu_devices[0])
+    drained = []
+    for cuda_graphs in (True, False):
+        engine = Engine(CONFIG, params, cuda_graphs=cuda_graphs)
+        with count_compilations() as compiled:
+            drained.append(drain(engine.start([[5, 17, 3]], max_new_tokens=8, sampling=Sampling())))
+    assert compiled == [] and drained[0] == drained[1]
+
+
+# What a GPU would be given, in a process that sees the compiler for one. A captured run shows in XLA's dump alone.
+COMPILED_FOR_A_GPU = """
+import sys
+from pathlib import Path
+import jax
+from jax.experimental import topologies
+from falcon_jax.generate.engine import Engine
+from falcon_jax.generate.sampling import Sampling
+from falcon_jax.model import params
+from pallas_kernels import compat
+from tests import models
+from tests.pallas_kernels import hopper
+
+topology = topologies.get_topology_desc(platform="cuda", target_config=hopper.H100.read_text(), topology="1x1x1")
+layout = jax.sharding.SingleDeviceSharding(topology.devices[0])
+config = models.tiny("falcon-40b-alibi", num_layers=1)
+shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), params.abstract(config, "bfloat16")
+)
+for cuda_graphs in (False, True):
+    with compat.assume_capability(compat.HOPPER):
+        *_, decode = Engine(config, shapes, cuda_graphs=cuda_graphs).lower_ahead(5, 8, Sampling())
+        decode.compile()
+    dumped = Path(sys.argv[1]).glob("*jit_decode.thunk_sequence*")
+    print(cuda_graphs, any("kCommandBuffer" in path.read_text() for path in dumped))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler runs on Linux")
+def test_xla_captures_the_decoding_for_a_gpu_unless_told_otherwise(tmp_path):
+    environment = hopper._environment() | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
+    command = [sys.executable, "-c", COMPILED_FOR_A_GPU, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=hopper.ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["False False", "True True"]
+
+
+@pytest.mark.gpu
+def test_the_switch_changes_no_text_on_a_gpu():
+    loaded = [Falcon.from_checkpoint(dtype="float32", cuda_graphs=cuda_graphs) for cuda_graphs in (True, False)]
+    assert [model.engine.model.cuda_graphs for model in loaded] == [True, False]
+    captured, launched = (model.generate("The sea", max_new_tokens=40) for model in loaded)
+    assert captured == launched
