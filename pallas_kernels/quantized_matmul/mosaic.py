@@ -12,11 +12,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import LOG2E, store
+from pallas_kernels.hopper import LOG2E, rounded, store
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch
 from pallas_kernels.quantized_matmul.product import Product
 from pallas_kernels.quantized_matmul.stream import HALF_ROWS, ROWS, Stream, arrays_of, run, scratch
+
+HALF = TILE // 2
 
 
 def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> list[Float[Array, "_ O"]]:
@@ -33,30 +35,27 @@ def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpr
     num_rows = products[0].x.shape[0]
     weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
     launch = input_launch(weights, outputs, num_rows, num_sms, plan)
-    plan, operands = launch.plan, launch.operands
+    plan = launch.plan
     # Where a result goes into slots, they are an argument that the kernel writes to.
     out_types = [
         jax.ShapeDtypeStruct((num_rows, product.num_outputs), product.x.dtype)
         for product in products
         if product.slots is None
     ]
-    inputs = {
-        "products": [
-            {
-                "x": product.x,
-                "weights": arrays_of(product.weight),
-                "bias": product.bias,
-                "rotary": product.rotary,
-                "slots": product.slots and (jax.new_ref(product.slots[0]), product.slots[1]),
-            }
-            for product in products
-        ],
-    }
+    inputs = [
+        {
+            "x": product.x,
+            "weights": arrays_of(product.weight),
+            "bias": product.bias,
+            "rotary": product.rotary,
+            "slots": product.slots and (jax.new_ref(product.slots[0]), product.slots[1]),
+        }
+        for product in products
+    ]
     flat, treedef = jax.tree.flatten(inputs)
 
     def body(*refs: Any, smem: dict[str, Any], out_smem: Any) -> None:
-        arrays, made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
-        given = arrays["products"]
+        given, made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
         outs: list[Any] = [next(made) if product.slots is None else None for product in products]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
 
@@ -67,68 +66,9 @@ def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpr
                 xs=[g["x"] for g in given], smem=smem, interpretable=interpretable,
             )  # fmt: skip
 
-        def finish(stream: Stream, number: Any, tile: Any, k: int) -> None:
-            """Adds up what all warpgroups have left of a tile, and sends it off."""
-            own_smem, product, arrays = out_smem.at[warpgroup], products[k], given[k]
-            first = (tile - operands[k].first_tile) * TILE
-
-            def part(half: int | None = None) -> Any:
-                """The tile as float32 of its own dtype's precision, or a half of it."""
-                y = stream.gathered(number, half).astype(own_smem.dtype)
-                if arrays["bias"] is not None:
-                    outputs, layout = pl.ds(first, TILE), ROWS
-                    if half is not None:
-                        outputs, layout = pl.ds(first + half * TILE // 2, TILE // 2), HALF_ROWS
-                    bias = plgpu.load(arrays["bias"].at[outputs], layout=layout.reduce(0), optimized=False)
-                    y = y + lax.broadcast_in_dim(bias, y.shape, [1])
-                y = y.astype(jnp.float32)
-                return gelu(y).astype(own_smem.dtype).astype(jnp.float32) if product.activation == "gelu" else y
-
-            if product.rotary is None:
-                parts = {(0, TILE): part()}
-            else:
-                cos, sin = (
-                    plgpu.load(angles, layout=HALF_ROWS, optimized=False).astype(jnp.float32)
-                    for angles in arrays["rotary"]
-                )
-                one, other = part(0), part(1)
-                parts = {
-                    (0, TILE // 2): one * cos - other * sin,
-                    (TILE // 2, TILE // 2): other * cos + one * sin,
-                }
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this warpgroup's tile before
-            plgpu.commit_smem()
-            for (start, size), y in parts.items():
-                store(own_smem.at[:, pl.ds(start, size)], y.astype(own_smem.dtype))
-            plgpu.commit_smem()
-            outputs = pl.ds(first, TILE)
-            if product.slots is None:
-                plgpu.copy_smem_to_gmem(own_smem, outs[k].at[:, outputs])
-                return
-            slots, places = arrays["slots"]
-
-            def put(row: Any, carry: None) -> None:
-                plgpu.copy_smem_to_gmem(own_smem.at[pl.ds(row, 1)], slots.at[pl.ds(places[row], 1), outputs])
-                return carry
-
-            lax.fori_loop(0, places.shape[0], put, None)
-
         def consume(stream: Stream) -> None:
             stream.begin()
-
-            def take_turn(turn: Any, carry: None) -> None:
-                [partial] = stream.sums(turn)
-                tile = stream.tile(turn, 0)
-                stream.gather(turn, partial)
-                # Each in its turn, while the others go on.
-                is_mine = lax.rem(turn, jnp.int32(plan.warpgroups)) == warpgroup
-                for k, operand in enumerate(operands):
-                    is_own = (tile >= operand.first_tile) & (tile < operand.first_tile + operand.num_tiles)
-                    pl.when(is_mine & is_own)(functools.partial(finish, stream, turn, tile, k))
-                return carry
-
-            lax.fori_loop(0, stream.num_turns, take_turn, None)
-            plgpu.wait_smem_to_gmem(0)
+            _Epilogue(products, given, outs, out_smem.at[warpgroup]).take_turns(stream)
 
         run(plan, warpgroup, make, consume)
 
@@ -149,8 +89,82 @@ def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpr
     results = iter(made)
     return [
         next(results) if product.slots is None else jax.freeze(arrays["slots"][0])
-        for product, arrays in zip(products, inputs["products"], strict=True)
+        for product, arrays in zip(products, inputs, strict=True)
     ]
+
+
+class _Epilogue:
+    """What becomes of a warpgroup's tiles.
+
+    Args:
+      given, outs: each product's arguments but x, and its result where that goes into no slots, in device memory.
+      own_smem: [R, 64], for a tile on its way out.
+    """
+
+    def __init__(self, products: Sequence[Product], given: list[dict[str, Any]], outs: list[Any], own_smem: Any):
+        self.products, self.given, self.outs, self.own_smem = products, given, outs, own_smem
+
+    def take_turns(self, stream: Stream) -> None:
+        """Makes all tiles of a stream."""
+        launch, warpgroup = stream.launch, stream.warpgroup
+
+        def take_turn(turn: Any, carry: None) -> None:
+            [partial] = stream.sums(turn)
+            tile = stream.tile(turn, 0)
+            stream.gather(turn, partial)
+            # Each warpgroup in its turn, while the others go on.
+            is_mine = lax.rem(turn, jnp.int32(launch.plan.warpgroups)) == warpgroup
+            for k, operand in enumerate(launch.operands):
+                own = tile - operand.first_tile
+                is_own = (own >= 0) & (own < operand.num_tiles)
+                pl.when(is_mine & is_own)(functools.partial(self._finish, stream, turn, own * TILE, k))
+            return carry
+
+        lax.fori_loop(0, stream.num_turns, take_turn, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _finish(self, stream: Stream, number: Any, first: Any, k: int) -> None:
+        """Adds up what all warpgroups have left of a tile, product k's outputs from `first`, and sends it off."""
+        product, given, own_smem = self.products[k], self.given[k], self.own_smem
+        part = functools.partial(self._part, stream, number, first, k)
+        if product.rotary is None:
+            parts = {(0, TILE): part()}
+        else:
+            cos, sin = (
+                plgpu.load(angles, layout=HALF_ROWS, optimized=False).astype(jnp.float32) for angles in given["rotary"]
+            )
+            one, other = part(0), part(1)
+            parts = {(0, HALF): one * cos - other * sin, (HALF, HALF): other * cos + one * sin}
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this warpgroup's tile before
+        plgpu.commit_smem()
+        for (start, size), y in parts.items():
+            store(own_smem.at[:, pl.ds(start, size)], y.astype(own_smem.dtype))
+        plgpu.commit_smem()
+        outputs = pl.ds(first, TILE)
+        if product.slots is None:
+            plgpu.copy_smem_to_gmem(own_smem, self.outs[k].at[:, outputs])
+            return
+        slots, places = given["slots"]
+
+        def put(row: Any, carry: None) -> None:
+            # A place past the last one is out of bounds, where copies write nothing.
+            plgpu.copy_smem_to_gmem(own_smem.at[pl.ds(row, 1)], slots.at[pl.ds(places[row], 1), outputs])
+            return carry
+
+        lax.fori_loop(0, places.shape[0], put, None)
+
+    def _part(self, stream: Stream, number: Any, first: Any, k: int, half: int | None = None) -> Any:
+        """The tile but for its rotation, or a half of it: float32 with the precision of the result."""
+        bias, dtype = self.given[k]["bias"], self.own_smem.dtype
+        y = stream.gathered(number, half).astype(dtype)
+        if bias is not None:
+            outputs, layout = pl.ds(first, TILE), ROWS
+            if half is not None:
+                outputs, layout = pl.ds(first + half * HALF, HALF), HALF_ROWS
+            of_outputs = plgpu.load(bias.at[outputs], layout=layout.reduce(0), optimized=False)
+            y = y + lax.broadcast_in_dim(of_outputs, y.shape, [1])
+        y = y.astype(jnp.float32)
+        return rounded(gelu(y), dtype) if self.products[k].activation == "gelu" else y
 
 
 def parameters(interpretable: bool) -> Any:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from falcon_jax.config import PRESETS
 from falcon_jax.model import params as model_params
 from falcon_jax.model.cache import KVCache
+from falcon_jax.model.step import ForwardOptions
 from pallas_kernels import compat, shapes
 from pallas_kernels.attention_norm import attention_norm
 from pallas_kernels.decode_attention import decode_attention
@@ -399,17 +400,57 @@ def test_all_blocks_of_narrow_output_stages_run_at_once(compiler, width, form, n
     require_that_all_blocks_run_at_once(report.kernels[0])
 
 
-def prompt_through_layers(params, ids, keys, values, config):
-    decoder = model_params.bind(config, params)
+def prompt_through_layers(params, ids, keys, values, config, stages):
+    decoder = model_params.bind(config, params, ForwardOptions(stages=stages))
     hidden, cache = decoder(ids, cache=KVCache(keys, values, jnp.zeros(1, jnp.int32)), cache_is_empty=True)
     return hidden[:, -1], cache
 
 
-def test_prompts_unpack_one_weight_at_a_time(compiler):
+def test_prompts_unpack_one_weight_at_a_time_or_none(compiler):
     config = dataclasses.replace(PRESETS["falcon-40b-alibi"], num_layers=6)
-    slots = tuple(array((1, 640, config.num_kv_heads, config.head_dim), "bfloat16") for _ in range(config.num_layers))
     params = model_params.abstract(config, jnp.bfloat16, "int8")
-    report = compiler.compile(prompt_through_layers, params, array((1, 512), "int32"), slots, slots, config)
+    slots = cache_slots(config, 640)
+    arguments = params, array((1, 512), "int32"), slots, slots, config
     largest_weight = 2 * config.width * config.mlp_width
     # Left to itself XLA unpacks weights layers ahead: 4 and more at once.
-    assert report.temp_bytes <= 2 * largest_weight
+    assert compiler.compile(prompt_through_layers, *arguments, "xla").temp_bytes <= 2 * largest_weight
+    report = compiler.compile(prompt_through_layers, *arguments, None)
+    require_no_problems(report)
+    assert report.launches.count("mosaic_gpu_v2") == 3 * config.num_layers
+    assert report.temp_bytes <= largest_weight // 4
+
+
+def cache_slots(config, capacity: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    one = array((1, capacity, config.num_kv_heads, config.head_dim), "bfloat16")
+    return (one,) * config.num_layers
+
+
+def two_tokens(params, ids, keys, values, config):
+    decoder = model_params.bind(config, params)
+
+    def decode(_, carry):
+        ids, cache = carry
+        hidden, cache = decoder(ids, cache=cache)
+        return jnp.argmax(decoder.logits(hidden[:, -1]), axis=-1)[:, None].astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, 2, decode, (ids, KVCache(keys, values, jnp.full(1, 1000, jnp.int32))))
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "launches"),
+    [("falcon-7b", "native", 3), ("falcon-rw-1b", "native", 5)],
+)
+def test_a_layer_of_a_step_is_few_launches_and_copies_no_cache(compiler, name, weights, launches):
+    def step(num_layers: int) -> tuple[list[str], int]:
+        config = dataclasses.replace(PRESETS[name], num_layers=num_layers, vocab_size=512)
+        params, slots = model_params.abstract(config, jnp.bfloat16, weights), cache_slots(config, 16384)
+        report = compiler.compile(two_tokens, params, array((1, 1), "int32"), slots, slots, config)
+        require_no_problems(report)
+        in_loop = list(report.launches)
+        return in_loop[in_loop.index("while") + 1 :], report.temp_bytes
+
+    (one, bytes_of_one), (two, bytes_of_two) = step(1), step(2)
+    assert two.count("mosaic_gpu_v2") - one.count("mosaic_gpu_v2") == launches
+    assert bytes_of_two - bytes_of_one < 2**16, "no cache is copied"
+    # Some attention kernels meet at semaphores, of which each layer gets its own zeros.
+    assert len(two) - len(one) <= launches + 1

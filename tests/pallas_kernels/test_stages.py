@@ -19,31 +19,8 @@ from pallas_kernels.quantized_matmul.plan import Plan, fitting_plan, output_plan
 from pallas_kernels.quantized_matmul.reference import matmul_reference
 from pallas_kernels.rotary import rotate
 from tests.pallas_kernels.interpreted import interpreted
+from tests.pallas_kernels.stage_cases import FORMS, input_stage, normal, product_reference, weight
 from tests.pallas_kernels.tolerance import require_close
-
-FORMS = ("native", "int8", "int4")
-
-
-def normal(seed: int, *shape: int, dtype="bfloat16") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
-
-
-def weight(seed: int, num_inputs: int, num_outputs: int, form: str):
-    w = normal(seed, num_inputs, num_outputs) * num_inputs**-0.5
-    return w if form == "native" else quantize(w, form)
-
-
-def product_reference(product: Product) -> jax.Array:
-    """In float32, from end to end."""
-    x, w = product.x.astype(jnp.float32), product.weight
-    if isinstance(w, jax.Array):
-        y = jnp.matmul(x, w.astype(jnp.float32), precision="highest")
-    else:
-        y = matmul_reference(x, w, product.num_outputs)
-    if product.bias is not None:
-        y += product.bias.astype(jnp.float32)
-    return jax.nn.gelu(y, approximate=False) if product.activation else y
-
 
 # Form, inputs, outputs of each product, rows, plan: several turns of a block, chunks past the end, more warpgroups.
 INPUT_STAGES = [
@@ -57,17 +34,7 @@ INPUT_STAGES = [
 
 @pytest.mark.parametrize(("form", "num_inputs", "outputs", "num_rows", "plan"), INPUT_STAGES)
 def test_input_stage(form, num_inputs, outputs, num_rows, plan):
-    products = [
-        Product(
-            # Two norms, two inputs.
-            normal(10 + i % 2, num_rows, num_inputs),
-            weight(20 + i, num_inputs, num_outputs, form),
-            num_outputs,
-            normal(30 + i, num_outputs) if i == 1 else None,
-            "gelu" if i == len(outputs) - 1 else None,
-        )
-        for i, num_outputs in enumerate(outputs)
-    ]
+    products = input_stage(form, num_inputs, outputs, num_rows)
     with interpreted():
         made = jax.block_until_ready(project_mosaic(products, plan=plan))
     plain = project(products, implementation="xla")

@@ -6,43 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.attention_norm.reference import attention_norm_reference, attention_norm_xla
 from pallas_kernels.attention_norm.wide import attention_norm_wide
-from pallas_kernels.quantized_matmul import Product, project, quantize, storage
-from pallas_kernels.quantized_matmul.reference import matmul_reference
+from pallas_kernels.quantized_matmul import Product, project, storage
 from pallas_kernels.quantized_matmul.wide import project_wide
 from pallas_kernels.quantized_matmul.wide_plan import WideLaunch, WidePlan, default_plan
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.interpreted import interpreted
+from tests.pallas_kernels.stage_cases import FORMS, input_stage, normal, product_reference, weight
 from tests.pallas_kernels.tolerance import require_close
-
-FORMS = ("native", "int8", "int4")
-
-
-def normal(seed: int, *shape: int, dtype="bfloat16") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
-
-
-def weight(seed: int, num_inputs: int, num_outputs: int, form: str) -> Any:
-    w = normal(seed, num_inputs, num_outputs) * num_inputs**-0.5
-    return w if form == "native" else quantize(w, form)
-
-
-def product_reference(product: Product) -> jax.Array:
-    """In float32, from end to end."""
-    x, w = product.x.astype(jnp.float32), product.weight
-    if isinstance(w, jax.Array):
-        y = jnp.matmul(x, w.astype(jnp.float32), precision="highest")
-    else:
-        y = matmul_reference(x, w, product.num_outputs)
-    if product.bias is not None:
-        y += product.bias.astype(jnp.float32)
-    return jax.nn.gelu(y, approximate=False) if product.activation else y
-
 
 # Form, inputs, outputs of each product, rows, plan: several turns of a block, chunks past the end, rows and outputs
 # past the end, groups of rows.
@@ -58,17 +33,7 @@ INPUT_STAGES = [
 
 @pytest.mark.parametrize(("form", "num_inputs", "outputs", "num_rows", "plan"), INPUT_STAGES)
 def test_input_stage(form, num_inputs, outputs, num_rows, plan):
-    products = [
-        Product(
-            # Two norms, two inputs.
-            normal(10 + i % 2, num_rows, num_inputs),
-            weight(20 + i, num_inputs, num_outputs, form),
-            num_outputs,
-            normal(30 + i, num_outputs) if i == 1 else None,
-            "gelu" if i == len(outputs) - 1 else None,
-        )
-        for i, num_outputs in enumerate(outputs)
-    ]
+    products = input_stage(form, num_inputs, outputs, num_rows)
     with interpreted():
         made = jax.block_until_ready(project_wide(products, plan=plan))
     plain = project(products, implementation="xla")
