@@ -15,7 +15,6 @@ The trap: results differ from the plain layers' by rounding, as sums stay in flo
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -35,8 +34,11 @@ if TYPE_CHECKING:
 
 
 def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
-    """Whether so many tokens are faster through the stages than through plain layers, by weights' form, where kernels
-    for them exist. As measured on an H200 (benchmarks/LOG.md)."""
+    """Whether so many tokens go through the stages where kernels for them exist, by the weights' form.
+
+    As measured on an H200 (benchmarks/LOG.md): steps of every form, and prompts of 512 and 4,000 tokens where weights
+    are quantized. Native prompts have been compared by 1,024 rows, where neither way is faster.
+    """
     return weights != "native" or (num_tokens <= MAX_ROWS and not cache_is_empty)
 
 
@@ -64,7 +66,7 @@ def run(
     layers = list(decoder.layers)
     norms_after = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
     normed = [norm(residual) for norm in _input_norms(layers[0])]
-    shared = _Run(step, implementation, *_positions(decoder, step, cache, residual.shape[0]))
+    shared = _Shared(step, implementation, *_positions(decoder, step, cache, residual.shape[0]))
     counter = jnp.zeros(1, jnp.int32)
     kept = []
     for i, (block, norms) in enumerate(zip(layers, norms_after, strict=True)):
@@ -76,7 +78,7 @@ def run(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _Shared:
     """What all layers share. rotary: cos and sin by which the input stage rotates; places: where it puts keys and
     values; None where that is done after it."""
 
@@ -87,7 +89,7 @@ class _Run:
 
 
 def _positions(decoder: FalconDecoder, step: Step, cache: KVCache, num_rows: int):
-    """`_Run`'s last two."""
+    """`_Shared`'s last two."""
     if num_rows > MAX_ROWS or not step.reads_cache:
         return None, None
     rotary = None
@@ -112,7 +114,7 @@ def _layer(
     normed: list[Float[Array, "R D"]],
     norms: list[LayerNorm],
     counter: Array,
-    run: _Run,
+    shared: _Shared,
     slots: tuple[Array, Array],
 ):
     """A layer, before which `normed` was made, and at the end of which `norms` are."""
@@ -127,18 +129,18 @@ def _layer(
             biases=biases,
             epsilon=norms[0].epsilon,
             counter=counter,
-            implementation=run.implementation,
+            implementation=shared.implementation,
         )
 
     attention, mlp = block.attention, block.mlp
     if block.parallel:
         projections = [attention.output, mlp.down]
         up = [mlp.up.product(normed[-1], "gelu")]
-        attended, slots, hidden = _attend(block, normed[0], up, run, slots)
+        attended, slots, hidden = _attend(block, normed[0], up, shared, slots)
         return *finish([attended, *hidden], projections, residual, norms, counter), slots
-    attended, slots, _ = _attend(block, normed[0], [], run, slots)
+    attended, slots, _ = _attend(block, normed[0], [], shared, slots)
     residual, normed, counter = finish([attended], [attention.output], residual, [block.mlp_norm], counter)
-    hidden = project([mlp.up.product(normed[0], "gelu")], implementation=run.implementation)
+    hidden = project([mlp.up.product(normed[0], "gelu")], implementation=shared.implementation)
     return *finish(hidden, [mlp.down], residual, norms, counter), slots
 
 
@@ -146,7 +148,7 @@ def _attend(
     block: Block,
     normed: Float[Array, "R D"],
     others: list[Product],
-    run: _Run,
+    shared: _Shared,
     slots: tuple[Array, Array],
 ) -> tuple[Float[Array, "R NH"], tuple[Array, Array], list[Array]]:
     """The input stage, `others` in the same launch, and attention of all rows to the cache with their keys and values.
@@ -154,24 +156,21 @@ def _attend(
     Returns:
       Attention's output [R, heads x H], the cache's keys and values, and what `others` come to.
     """
-    attention, step, (B, S, K, H) = block.attention, run.step, slots[0].shape
+    attention, step, (B, S, K, H) = block.attention, shared.step, slots[0].shape
     T, num_rows = step.num_columns, normed.shape[0]
-    stage = functools.partial(project, implementation=run.implementation)
-    if run.places is None:
-        products = [projection.product(normed) for projection in (attention.query, attention.key, attention.value)]
-        q, k, v, *made = stage([*products, *others])
-    else:
-        keys, values = (x.reshape(B * S, K * H) for x in slots)
-        key_rotary = None if attention.rotates_cached_keys else run.rotary
-        products = [
-            attention.query.product(normed, rotary=run.rotary),
-            attention.key.product(normed, rotary=key_rotary, slots=(keys, run.places)),
-            attention.value.product(normed, slots=(values, run.places)),
-        ]
-        q, k, v, *made = stage([*products, *others])
+    to_keys, to_values = None, None
+    if shared.places is not None:
+        to_keys, to_values = ((x.reshape(B * S, K * H), shared.places) for x in slots)
+    key_rotary = None if attention.rotates_cached_keys else shared.rotary
+    products = [
+        attention.query.product(normed, rotary=shared.rotary),
+        attention.key.product(normed, rotary=key_rotary, slots=to_keys),
+        attention.value.product(normed, slots=to_values),
+    ]
+    q, k, v, *made = project([*products, *others], implementation=shared.implementation)
     # Single tokens keep the rows that mean nothing: to cut them off and put them on again would be two launches.
     q = q.reshape(num_rows, 1, -1, H) if T == 1 else q[: B * T].reshape(B, T, -1, H)
-    if run.places is None:
+    if shared.places is None:
         k, v = (x[: B * T].reshape(B, T, K, H) for x in (k, v))
         q, k = attention.rotate(q, k, step)
         out, kept = attention.attend(q, k, v, step, slots)

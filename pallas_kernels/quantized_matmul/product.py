@@ -113,7 +113,8 @@ def reason_against_products(products: Sequence[Product]) -> str | None:
 def in_order(num_rows: int, form: str, candidates: Mapping[str, Any]) -> dict[str, Any]:
     """The implementations "mosaic" and "xla", the faster one first, as measured on an H200 (benchmarks/LOG.md).
 
-    With many rows and weights of 16 bits XLA's products are as fast as matrix units go. It unpacks others first.
+    With 1,024 rows and weights of 16 bits both stages together take as long by either; more rows and fewer have not
+    been compared. XLA unpacks other weights first, which whole models show to be slower at 512 and 4,000 rows.
     """
     names = ("xla", "mosaic") if num_rows > MAX_ROWS and form == "native" else ("mosaic", "xla")
     return {name: candidates[name] for name in names}
