@@ -11,7 +11,6 @@ Letters: B batch, T query tokens, D width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,12 +180,11 @@ class Engine:
             return repeat_rows(cache, last, model=self.model, num_copies=num_samples)
         return cache, last
 
-    def _rows(self, *arrays: np.ndarray) -> tuple[Any, ...]:
-        """Arrays of rows, split over the mesh where there is one. Without, the call that takes them brings them to the
-        device, which is sooner than by a call of its own."""
+    def _rows(self, *arrays: np.ndarray) -> tuple[Array, ...]:
+        """Arrays of rows on the device, split over the mesh where there is one."""
         mesh = self.model.mesh
         if mesh is None:
-            return arrays
+            return tuple(jax.device_put(array) for array in arrays)
         return tuple(jax.device_put(array, sharding.batch_sharding(array.shape, mesh)) for array in arrays)
 
 
