@@ -12,8 +12,9 @@ from pallas_kernels import arguments, compat, dispatch, sharded
 from pallas_kernels.flash_attention import cudnn
 from pallas_kernels.flash_attention.reference import attention_xla, attention_xla_with_lse
 
-# The dimensions of q, k, v, query_offset, lengths and slopes.
+# The dimensions of q, k, v, query_offset, lengths and slopes; and of starts.
 LETTERS = ("B T N H", "B S K H", "B S K H", "B", "B", "N")
+STARTS_LETTERS = "B T"
 
 
 @overload
@@ -35,6 +36,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  # the overloads d
     *,
     query_offset: Int[Array, " B"] | None = None,
     lengths: Int[Array, " B"] | None = None,
+    starts: Int[Array, "B T"] | None = None,
     slopes: Float[Array, " N"] | None = None,
     alibi: str = "float32",
     scale: float | None = None,
@@ -50,6 +52,8 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  # the overloads d
       q, k, v: of one dtype. K divides N.
       query_offset: position of each row's first query; None is 0. Keys start at position 0.
       lengths: how many keys of each row are real; None where causality alone hides what is not (right padding).
+      starts: position of the first key that each query sees, where a row holds several documents back to back: those of
+        the query's own document then. Along a row they never decrease. None is 0.
       slopes: ALiBi slopes in float32, or None. The biased scores are (q . k + slope * (j - i)) * scale.
       alibi: "float32", or "hf_bf16" for the rounding that transformers applies.
       scale: None is 1 / sqrt(H).
@@ -70,10 +74,14 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  # the overloads d
     arguments.check("attention", num_heads=q.shape[2], num_kv_heads=k.shape[2], alibi=alibi)
     if k.shape != v.shape:
         raise ValueError(f"attention: k {k.shape} and v {v.shape} must have one shape")
+    if starts is not None and (starts.shape != q.shape[:2] or not jnp.issubdtype(starts.dtype, jnp.integer)):
+        wanted = f"one integer for each query, {q.shape[:2]}"
+        raise ValueError(f"attention: starts {starts.dtype.name}{list(starts.shape)} must hold {wanted}")
     if scale is None:
         scale = arguments.default_scale(q)
 
-    described = {"query_offset": query_offset, "lengths": lengths, "slopes": slopes, "alibi": alibi, "mesh": mesh}
+    described: dict[str, Any] = {"query_offset": query_offset, "lengths": lengths, "starts": starts, "slopes": slopes}
+    described |= {"alibi": alibi, "mesh": mesh}
     chosen = dispatch.choose(
         "attention",
         implementation,
@@ -86,20 +94,20 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  # the overloads d
     if chosen == "xla":
         offset = jnp.zeros(q.shape[0], jnp.int32) if query_offset is None else query_offset
         plain = attention_xla_with_lse if return_lse else attention_xla
-        return plain(q, k, v, offset, lengths, slopes, alibi, scale)
+        return plain(q, k, v, offset, lengths, slopes, alibi, scale, starts)
 
-    def run(q: Array, k: Array, v: Array, query_offset: Any, lengths: Any, slopes: Any) -> Any:
+    def run(q: Array, k: Array, v: Array, query_offset: Any, lengths: Any, slopes: Any, starts: Any) -> Any:
         if chosen == "cudnn":
             return cudnn.attention_cudnn(q, k, v, slopes, scale)
         from pallas_kernels.flash_attention import mosaic
 
-        result: Any = mosaic.attention_mosaic(q, k, v, query_offset, lengths, slopes, alibi, scale)
+        result: Any = mosaic.attention_mosaic(q, k, v, query_offset, lengths, slopes, alibi, scale, starts)
         out, lse = result
         return (out, lse[:, :, : q.shape[1]]) if return_lse else out
 
-    arrays = (q, k, v, query_offset, lengths, slopes)
+    arrays, letters = (q, k, v, query_offset, lengths, slopes, starts), (*LETTERS, STARTS_LETTERS)
     results = ("B T N H", "B N T") if return_lse else "B T N H"
-    return sharded.over_mesh(run, mesh, arrays, LETTERS, results, batch_axes=batch_axes, head_axis=head_axis)
+    return sharded.over_mesh(run, mesh, arrays, letters, results, batch_axes=batch_axes, head_axis=head_axis)
 
 
 def _mosaic_reason(q: jax.Array, k: jax.Array, *, mesh: Mesh | None, **described: Any) -> str | None:

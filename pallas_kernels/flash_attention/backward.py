@@ -43,13 +43,14 @@ def backward(
     alibi: str,
     scale: float,
     *,
+    starts: Int[Array, "B T"] | None = None,
     dlse: Float[Array, "B N Tp"] | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients with respect to q, k and v, in their dtypes; the same bits every time.
 
     Args:
-      q, k, v, query_offset, lengths, slopes, alibi, scale: what `forward` got.
+      q, k, v, query_offset, lengths, slopes, alibi, scale, starts: what `forward` got.
       out, lse: what it gave. Under vmap no more than these, the cotangents and the inputs above may be batched.
       dout, dlse: the cotangents of `out` and, where somebody used it, of `lse`.
       blocks: None for the tuned ones.
@@ -59,7 +60,7 @@ def backward(
     options = {"alibi": None if slopes is None else alibi, "scale": scale, "blocks": blocks or Blocks()}
     options |= {"num_sms": compat.num_sms(), "interpretable": compat.interpreting()}
     arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
-    optional = {"offsets": query_offset, "lengths": lengths, "slopes": slopes, "dlse": dlse}
+    optional = {"offsets": query_offset, "lengths": lengths, "slopes": slopes, "starts": starts, "dlse": dlse}
     return _many(tuple(options.items()))(arrays | {name: x for name, x in optional.items() if x is not None})
 
 
@@ -108,6 +109,9 @@ def _gradients(arrays, *, alibi, scale, blocks, num_sms, interpretable):
         inputs["lengths"] = jnp.clip(arrays["lengths"], 0, S)
     elif problem.S != S:
         inputs["lengths"] = jnp.full(B, S, jnp.int32)
+    if "starts" in arrays:
+        inputs["starts"] = _padded(arrays["starts"].astype(jnp.int32), 1, queries, mode="edge")
+        inputs["tile_ends"] = problem.tile_ends(inputs["starts"], *_offsets_and_lengths(inputs, problem))
 
     heads = blocks.heads or heads_per_block(problem, num_sms)
     settings = backward_keys.Settings(problem, heads, alibi, scale, interpretable)
@@ -118,8 +122,8 @@ def _gradients(arrays, *, alibi, scale, blocks, num_sms, interpretable):
     return dq[:, :T], dk[:, :S], dv[:, :S]
 
 
-def _padded(x, axis, multiple):
-    return jnp.pad(x, [(0, -size % multiple if i == axis else 0) for i, size in enumerate(x.shape)])
+def _padded(x, axis, multiple, mode="constant"):
+    return jnp.pad(x, [(0, -size % multiple if i == axis else 0) for i, size in enumerate(x.shape)], mode=mode)
 
 
 def _stats(arrays, queries, alibi, scale):
@@ -142,12 +146,21 @@ def _stats(arrays, queries, alibi, scale):
     return jnp.stack([jnp.where(seen, start, MASKED), jnp.where(seen, -delta, 0.0)], axis=2)
 
 
+def _offsets_and_lengths(inputs, problem):
+    """Both [B], also where they are trivial."""
+    offsets = inputs["offsets"] if "offsets" in inputs else jnp.zeros(problem.B, jnp.int32)
+    lengths = inputs["lengths"] if "lengths" in inputs else jnp.full(problem.B, problem.S, jnp.int32)
+    return offsets, lengths
+
+
 def _sum_of_parts(parts, problem, inputs):
     """dQ of the blocks of keys that wrote theirs side by side: of each tile, the first few did."""
-    offsets, lengths = inputs.get("offsets"), inputs.get("lengths")
-    offsets = jnp.zeros(problem.B, jnp.int32) if offsets is None else offsets
-    lengths = jnp.full(problem.B, problem.S, jnp.int32) if lengths is None else lengths
+    offsets, lengths = _offsets_and_lengths(inputs, problem)
     tile = jnp.arange(problem.T) // problem.queries
     count = problem.num_key_blocks_of(tile[None], offsets[:, None], lengths[:, None])
-    written = jnp.arange(problem.num_key_blocks)[:, None, None] < count
+    block = jnp.arange(problem.num_key_blocks)[:, None, None]
+    written = block < count
+    if "starts" in inputs:
+        first_start = inputs["starts"][:, tile * problem.queries]
+        written &= block >= problem.first_key_block_of(first_start, count)
     return jnp.sum(jnp.where(written[..., None, None], parts, 0.0), axis=0)

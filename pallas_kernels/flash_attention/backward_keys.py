@@ -11,6 +11,9 @@ What is constant along a row or column of the scores costs nothing: accumulators
 start from ALiBi minus the log-sum-exp (and from a large negative number where a key is hidden), those of dO V^T from
 minus delta.
 
+Where documents lie back to back, a block of keys meets the tiles of queries up to the end of its last document, and a
+tile of dQ gets its parts from the blocks since the beginning of its first.
+
 Two warpgroups compute, 64 keys each; the warps of a third copy. dQ lags a step behind: a warpgroup takes the other's
 half of dS when it has long been there, so the two may drift apart, and one's softmax meets the other's products.
 """
@@ -27,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.backward_order import KEYS, KeyOrder, Problem
 from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
+from pallas_kernels.flash_attention.starts import hide_unseen
 from pallas_kernels.hopper import LOG2E, Accumulator, hide_columns, rounded, tiled
 
 WARPGROUPS = 2  # that compute
@@ -60,8 +64,8 @@ def gradients(inputs: dict[str, Any], settings: Settings, num_sms: int) -> dict[
 
     Args:
       inputs: "q", "dout" [B, T, N, H], "k", "v" [B, S, K, H] and "stats", float32 [B, N, 2, Tp]: what a query's scores
-        start from, in units of q . k, and minus delta. Where they are not trivial also "offsets" and "lengths" [B], and
-        "slopes" [N].
+        start from, in units of q . k, and minus delta. Where they are not trivial also "offsets" and "lengths" [B],
+        "slopes" [N], and "starts", filled up to whole tiles, with what `Problem.tile_ends` makes of them.
 
     Returns:
       "dk" and "dv" [chunks, B, S, K, H], to be summed over chunks: in the dtype of k if there is one chunk, otherwise
@@ -128,7 +132,10 @@ class _Step(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """A block of keys of one row and KV head, and the tiles of queries that it meets; all int32 scalars."""
+    """A block of keys of one row and KV head, and the tiles of queries that it meets; all int32 scalars.
+
+    first_hidden_tile: the first in which a query's document begins past the block's first key; None without documents.
+    """
 
     row: Any
     kv_head: Any
@@ -141,6 +148,7 @@ class _Work(NamedTuple):
     num_heads: Any
     first_tile: Any
     num_tiles: Any
+    first_hidden_tile: Any
 
     @property
     def first_key(self) -> Any:
@@ -208,6 +216,10 @@ class _Block:
         if "lengths" in self.arrays:
             length = self.arrays["lengths"][row]
         first_tile = p.first_query_tile(key_block, offset, length)
+        end_tile, first_hidden_tile = p.num_query_tiles, None
+        if "starts" in self.arrays:
+            end_tile, first_hidden_tile = (self.arrays["tile_ends"][row, i, key_block] for i in range(2))
+            end_tile = jnp.maximum(end_tile, first_tile)
         return _Work(
             row=row,
             kv_head=kv_head,
@@ -219,7 +231,8 @@ class _Block:
             first_head=kv_head * p.group + chunk * heads,
             num_heads=jnp.minimum(heads, p.group - chunk * heads),
             first_tile=first_tile,
-            num_tiles=p.num_query_tiles - first_tile,
+            num_tiles=end_tile - first_tile,
+            first_hidden_tile=first_hidden_tile,
         )
 
     def load(self) -> None:
@@ -256,8 +269,10 @@ class _Block:
                 plgpu.barrier_wait(full)
                 plgpu.copy_smem_to_gmem(part, self.arrays["dq"].at[(work.key_block, *at)])
             else:
-                last = p.num_key_blocks_of(step.tile, work.offset, work.length) - 1
-                mine = jnp.where(work.forwards == 1, last - work.key_block, work.key_block)
+                first, last = 0, p.num_key_blocks_of(step.tile, work.offset, work.length) - 1
+                if "starts" in self.arrays:
+                    first = p.first_key_block_of(self.arrays["starts"][work.row, step.tile * p.queries], last + 1)
+                mine = jnp.where(work.forwards == 1, last - work.key_block, work.key_block - first)
                 turn, target = turns.at[work.row, step.head, step.tile], self.arrays["dq"].at[at]
                 plgpu.semaphore_wait(turn, mine, decrement=False, memory_scope="gpu")
                 plgpu.barrier_wait(full)
@@ -385,13 +400,20 @@ class _Warpgroup:
 
         def hide(start):
             first_seen = jnp.where(key < work.length, key - first_query, queries)
-            return hide_columns(start, first_seen, MASKED, interpretable=settings.interpretable)
+            if "starts" not in self.block.arrays:
+                return hide_columns(start, first_seen, MASKED, interpretable=settings.interpretable)
+            starts = self.block.arrays["starts"].at[work.row, pl.ds(step.tile * queries, queries)]
+            starts = plgpu.load(starts, layout=PER_QUERY, optimized=False)
+            return hide_unseen(start, first_seen, key, starts, interpretable=settings.interpretable)
 
         # Whether some of these queries do not see some of the block's keys.
         last_key = work.first_key + KEYS - 1
         first_full_tile = lax.div(jnp.maximum(last_key - work.offset, 0) + queries - 1, jnp.int32(queries))
         first_full_tile = jnp.where(last_key < work.length, first_full_tile, self.block.problem.num_query_tiles)
-        return lax.cond(step.tile < first_full_tile, hide, lambda start: start, start)
+        cut = step.tile < first_full_tile
+        if work.first_hidden_tile is not None:
+            cut |= step.tile >= work.first_hidden_tile
+        return lax.cond(cut, hide, lambda start: start, start)
 
     def multiply_dq(self, count: Any, meanwhile: Callable[[], None] | None = None) -> jax.Array:
         """This warpgroup's half of the dQ tile of a step, 64 x 64: columns where H is 128, rows where it is 64.

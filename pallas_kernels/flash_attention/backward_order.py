@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Int
 
 KEYS = 128  # of a block: two warpgroups with 64 each
 
@@ -47,6 +48,31 @@ class Problem:
         """How many blocks, from block 0 on, concern a tile of queries: the same rule from the other side."""
         end = jnp.minimum(offset + (tile + 1) * self.queries, jnp.maximum(length, 1))
         return jnp.minimum(lax.div(end + (KEYS - 1), jnp.int32(KEYS)), self.num_key_blocks)
+
+    def first_key_block_of(self, first_start: Any, num_key_blocks: Any) -> Any:
+        """The first block that concerns a tile of queries, where documents lie back to back in a row.
+
+        The last of `num_key_blocks` concerns it in any case, so that each tile of dQ has somebody to write it.
+
+        Args:
+          first_start: of the tile's first query; those of later ones are no lower.
+          num_key_blocks: what `num_key_blocks_of` says of the tile.
+        """
+        return jnp.minimum(lax.div(first_start, jnp.int32(KEYS)), num_key_blocks - 1)
+
+    def tile_ends(
+        self, starts: Int[Array, "B padded"], offsets: Int[Array, " B"], lengths: Int[Array, " B"]
+    ) -> Int[Array, "B 2 key_blocks"]:
+        """Of each block of keys, the first tile of queries past those it concerns, and the first that it is cut for.
+
+        For the latter a query's document begins past the first of the keys. `starts` is filled up to whole tiles.
+        """
+        tile = jnp.arange(self.num_query_tiles, dtype=jnp.int32)
+        count = self.num_key_blocks_of(tile, offsets[:, None], lengths[:, None])
+        first, last = starts[:, :: self.queries], starts[:, self.queries - 1 :: self.queries]
+        bounds = jnp.stack([self.first_key_block_of(first, count) * KEYS, last], axis=1)  # [B, 2, num_query_tiles]
+        keys = jnp.arange(self.num_key_blocks, dtype=jnp.int32) * KEYS
+        return jnp.sum(bounds[:, :, None] <= keys[:, None], axis=-1, dtype=jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

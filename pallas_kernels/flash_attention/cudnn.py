@@ -26,6 +26,7 @@ def reason_against(
     *,
     query_offset: object,
     lengths: object,
+    starts: object,
     slopes: object,
     alibi: str,
     return_lse: bool,
@@ -44,6 +45,8 @@ def reason_against(
         return f"it takes bfloat16 or float16, not {q.dtype}"
     if query_offset is not None or lengths is not None or q.shape[1] != k.shape[1]:
         return "it takes queries and keys of one whole sequence (no cache, no lengths)"
+    if starts is not None:
+        return "it takes one document a row (no starts)"
     if slopes is not None and alibi != "float32":
         return f"it computes ALiBi exactly, not with the rounding alibi={alibi!r}"
     columns = q.shape[-1] + (EXTRA_COLUMNS if slopes is not None else 0)

@@ -9,6 +9,9 @@ ALiBi costs next to nothing. A row's softmax does not change when the row is shi
 can be slope * (j - i0), with i0 the tile's first query: a value a column. The accumulator of q . k, which has to be set
 to something before the product, starts from that instead of zero.
 
+Documents that lie back to back in a row cost a mask where one begins within a tile of keys, and nothing elsewhere:
+tiles of keys before the first document of a tile of queries are skipped.
+
 Letters as everywhere (B T S N K G H); base-2 exponentials throughout, scores scaled by log2(e).
 Source: Shah et al., FlashAttention-3 (2024), for the overlap of products and softmax within a warpgroup; Press et al.,
 Train Short, Test Long (2022), for ALiBi.
@@ -83,13 +86,14 @@ def forward(
     alibi: str,
     scale: float,
     *,
+    starts: Int[Array, "B T"] | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N Tp"]]:
     """Causal attention, and the logarithm of each row's sum of exponentials.
 
     Args:
       q, k, v: bfloat16 or float16; H is 64 or 128; K divides N.
-      query_offset, lengths, slopes, alibi, scale: as in `attention`.
+      query_offset, lengths, slopes, alibi, scale, starts: as in `attention`.
       blocks: None for the tuned ones.
 
     Returns:
@@ -102,12 +106,12 @@ def forward(
     if interpretable:
         blocks = dataclasses.replace(blocks, keys=64, stages=2)
     settings = _Settings(blocks, k.shape[1], q.shape[1], mode, scale, interpretable)
-    return _forward(q, k, v, query_offset, lengths, slopes, settings=settings, num_sms=compat.num_sms())
+    return _forward(q, k, v, query_offset, lengths, slopes, starts, settings=settings, num_sms=compat.num_sms())
 
 
 # Compiled once a shape: what calls this in every layer would otherwise lower the kernel in every layer.
 @functools.partial(jax.jit, static_argnames=("settings", "num_sms"))
-def _forward(q, k, v, query_offset, lengths, slopes, *, settings, num_sms):
+def _forward(q, k, v, query_offset, lengths, slopes, starts, *, settings, num_sms):
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     blocks = settings.blocks
@@ -143,6 +147,8 @@ def _forward(q, k, v, query_offset, lengths, slopes, *, settings, num_sms):
         scratch["p_smem"] = tiled(W, ROWS, keys)
     inputs = {"q": q, "k": k, "v": v, "table": table, "counts": counts}
     optional = {"offsets": query_offset, "lengths": lengths, "slopes": slopes}
+    if starts is not None:  # for every row of the last tile, too
+        optional["starts"] = jnp.pad(starts.astype(jnp.int32), ((0, 0), (0, -T % (ROWS * W))), mode="edge")
     inputs |= {name: array for name, array in optional.items() if array is not None}
     out_type = {
         "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -169,8 +175,8 @@ def _forward(q, k, v, query_offset, lengths, slopes, *, settings, num_sms):
 class _Tile(NamedTuple):
     """Queries of one row and head that a block works on at a time, and what they see; all int32 scalars.
 
-    first_query, offset, length: the tile's first query, the row's offset, its keys that count. num_steps: tiles of keys
-    to go through, at least one.
+    first_query, offset, length: the tile's first query, the row's offset, its keys that count. first_step, num_steps:
+    the first tile of keys to go through, and the number after the last; there is at least one.
     """
 
     batch: Any
@@ -179,6 +185,7 @@ class _Tile(NamedTuple):
     first_query: Any
     offset: Any
     length: Any
+    first_step: Any
     num_steps: Any
 
 
@@ -219,7 +226,11 @@ class _Block:
         rows = self.blocks.warpgroups * ROWS
         visible = jnp.minimum(jnp.minimum((index + 1) * rows, num_queries) + offset, length)
         num_steps = jnp.maximum(pl.cdiv(visible, self.blocks.keys), 1)
-        return _Tile(batch, head, kv_head, index * rows, offset, length, num_steps)
+        first_step = 0
+        if "starts" in self.arrays:  # those of later queries are no lower
+            first_step = lax.div(self.arrays["starts"][batch, index * rows], jnp.int32(self.blocks.keys))
+            first_step = jnp.minimum(first_step, num_steps - 1)
+        return _Tile(batch, head, kv_head, index * rows, offset, length, first_step, num_steps)
 
     def next_slot(self, slot: Any) -> Any:
         return lax.select(slot == self.blocks.stages - 1, jnp.int32(0), slot + 1)
@@ -245,7 +256,7 @@ class _Block:
                     plgpu.copy_gmem_to_smem(self.arrays[name].at[at], destination, full)
                 return self.next_slot(slot), count + 1
 
-            return lax.fori_loop(0, tile.num_steps, copy_step, carry)
+            return lax.fori_loop(tile.first_step, tile.num_steps, copy_step, carry)
 
         slot, count = lax.fori_loop(0, self.num_rounds, copy_tile, (jnp.int32(0), jnp.int32(0)))
 
@@ -310,17 +321,23 @@ class _Warpgroup:
         first_row = tile.first_query + self.index * ROWS + tile.offset
         starts = functools.partial(self.start, tile, first_row)
         plgpu.barrier_wait(self.smem["q_full"].at[self.index])
-        state = self.first_step(starts(jnp.int32(0), masked=True), slot)
+        state = self.first_step(starts(jnp.int32(tile.first_step), masked=True), slot)
 
         def step(index: Any, carry: tuple[_Softmax, Any], *, masked: bool) -> tuple[_Softmax, Any]:
             state, slot = carry
             return self.step(starts(index, masked=masked), state, slot)
 
-        # Tiles of keys that all these queries see come before those that causality or the row's end cuts.
+        # Tiles of keys that all these queries see come before those that causality or the row's end cuts, and after
+        # those in which a document of these queries begins.
+        cut, full = (functools.partial(step, masked=masked) for masked in (True, False))
         num_full = jnp.minimum(lax.div(jnp.minimum(first_row + 1, tile.length), self.keys), tile.num_steps)
-        carry = lax.fori_loop(1, num_full, functools.partial(step, masked=False), (state, slot))
-        cut = functools.partial(step, masked=True)
-        state, slot = lax.fori_loop(jnp.maximum(num_full, 1), tile.num_steps, cut, carry)
+        second, carry = tile.first_step + 1, (state, slot)
+        if "starts" in self.block.arrays:
+            last_start = self.block.arrays["starts"][tile.batch, tile.first_query + (self.index + 1) * ROWS - 1]
+            first_full = jnp.clip(pl.cdiv(last_start, self.keys), second, tile.num_steps)
+            carry, second = lax.fori_loop(second, first_full, cut, carry), first_full
+        carry = lax.fori_loop(second, num_full, full, carry)
+        state, slot = lax.fori_loop(jnp.maximum(num_full, second), tile.num_steps, cut, carry)
 
         plgpu.barrier_arrive(self.smem["q_free"].at[self.index])
         plgpu.barrier_wait(self.smem["v_full"].at[slot])
@@ -332,10 +349,14 @@ class _Warpgroup:
     def start(self, tile: _Tile, first_row: Any, step: Any, *, masked: bool) -> jax.Array:
         """What the accumulator of a tile of scores starts from."""
         first_key = step * self.keys
-        num_visible = None
+        num_visible = num_hidden = None
         if masked:
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW) + first_row
             num_visible = jnp.minimum(row + 1, tile.length) - first_key
+            if "starts" in self.block.arrays:  # read where needed: registers are scarce
+                rows = pl.ds(tile.first_query + self.index * ROWS, ROWS)
+                starts = self.block.arrays["starts"].at[tile.batch, rows]
+                num_hidden = plgpu.load(starts, layout=PER_ROW, optimized=False) - first_key
         settings = self.settings
         return scores_start(
             ROWS,
@@ -345,6 +366,7 @@ class _Warpgroup:
             first_row=first_row,
             first_key=first_key,
             num_visible=num_visible,
+            num_hidden=num_hidden,
             scale=settings.scale,
             dtype=self.dtype,
             interpretable=settings.interpretable,

@@ -33,24 +33,26 @@ def attention_mosaic(
     slopes: Float[Array, " N"] | None,
     alibi: str,
     scale: float,
+    starts: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N Tp"]]:
     """`forward`, differentiable in q, k and v (in the slopes it is not: their cotangent is zero).
 
     Memory: what the backward pass keeps is q, k, v, the output and one float32 a query and head.
     """
-    return forward(q, k, v, query_offset, lengths, slopes, alibi, scale)
+    return forward(q, k, v, query_offset, lengths, slopes, alibi, scale, starts=starts)
 
 
-def _forward(q, k, v, query_offset, lengths, slopes, alibi, scale):
-    out, lse = forward(q, k, v, query_offset, lengths, slopes, alibi, scale)
-    return (out, lse), (q, k, v, out, lse, query_offset, lengths, slopes)
+def _forward(q, k, v, query_offset, lengths, slopes, alibi, scale, starts):
+    out, lse = forward(q, k, v, query_offset, lengths, slopes, alibi, scale, starts=starts)
+    return (out, lse), (q, k, v, out, lse, query_offset, lengths, slopes, starts)
 
 
 def _backward(alibi, scale, kept, cotangents):
-    q, k, v, out, lse, query_offset, lengths, slopes = kept
+    q, k, v, out, lse, query_offset, lengths, slopes, starts = kept
     dout, dlse = cotangents
-    gradients = backward(q, k, v, out, lse, dout, query_offset, lengths, slopes, alibi, scale, dlse=dlse)
-    return *gradients, None, None, None
+    rest = query_offset, lengths, slopes, alibi, scale
+    gradients = backward(q, k, v, out, lse, dout, *rest, starts=starts, dlse=dlse)
+    return *gradients, None, None, None, None
 
 
 attention_mosaic.defvjp(_forward, _backward)

@@ -4,7 +4,8 @@ With row b's queries at positions i = query_offset[b] + t and keys at positions 
 
     out[b, t, n] = sum_j softmax_j((q[b, t, n] . k[b, j, n // G] + bias[n, i, j]) * scale) v[b, j, n // G]
 
-over the keys with j <= i and j < lengths[b]. The softmax and the bias are float32 throughout.
+over the keys with j <= i and j < lengths[b], and, where documents lie back to back in a row, j >= starts[b, t]. The
+softmax and the bias are float32 throughout.
 """
 
 import math
@@ -63,9 +64,10 @@ def attention_probabilities(
     slopes: Float[Array, " N"] | None,
     alibi: str,
     scale: float,
+    starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B N T S"]:
     """softmax of the scaled, biased, masked scores, in float32. Rows that see no key are all zeros."""
-    scores, visible = _scores(q, k, query_offset, lengths, slopes, alibi, scale)
+    scores, visible = _scores(q, k, query_offset, lengths, slopes, alibi, scale, starts)
     return _masked_softmax(scores, visible, axis=-1)
 
 
@@ -77,9 +79,10 @@ def attention_lse(
     slopes: Float[Array, " N"] | None,
     alibi: str,
     scale: float,
+    starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B N T"]:
     """log sum_j exp of the scaled, biased scores over the visible keys, in float32; -inf where none is visible."""
-    scores, visible = _scores(q, k, query_offset, lengths, slopes, alibi, scale)
+    scores, visible = _scores(q, k, query_offset, lengths, slopes, alibi, scale, starts)
     scores = jnp.where(visible, scores, MASKED)
     highest = _highest(scores, -1)
     total = jnp.sum(jnp.where(visible, jnp.exp(scores - highest), 0.0), axis=-1)
@@ -95,6 +98,7 @@ def _scores(
     slopes: Float[Array, " N"] | None,
     alibi: str,
     scale: float,
+    starts: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B N T S"], Bool[Array, "B 1 T S"]]:
     """The scaled, biased scores in float32, and which of them count."""
     B, T, N, H = q.shape
@@ -110,6 +114,8 @@ def _scores(
     visible = j[None, None, :] <= i[:, :, None]  # [B, T, S]
     if lengths is not None:
         visible &= j[None, None, :] < lengths[:, None, None]
+    if starts is not None:
+        visible &= j[None, None, :] >= starts[:, :, None]
     return scores, visible[:, None]
 
 
@@ -139,11 +145,12 @@ def attention_reference(
     slopes: Float[Array, " N"] | None,
     alibi: str,
     scale: float,
+    starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """The formula at the top of this file with the whole [B, N, T, S] score array in memory."""
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
-    probabilities = attention_probabilities(q, k, query_offset, lengths, slopes, alibi, scale)
+    probabilities = attention_probabilities(q, k, query_offset, lengths, slopes, alibi, scale, starts)
     grouped = probabilities.astype(v.dtype).reshape(B, K, N // K, T, S)
     out = jnp.einsum("bkgts,bskh->btkgh", grouped, v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(B, T, N, H)
@@ -158,6 +165,7 @@ def attention_one_token(
     slopes: Float[Array, " N"] | None,
     alibi: str,
     scale: float,
+    starts: Int[Array, "B 1"] | None = None,
 ) -> Float[Array, "B 1 N H"]:
     """`attention_reference` for decoding, with scores laid out as the cache is: keys before heads.
 
@@ -173,8 +181,10 @@ def attention_one_token(
         bias = alibi_bias(slopes, query_offset[:, None], j, rounding=alibi, scale=scale, dtype=q.dtype)
         scores += bias.reshape(-1, K, G, S).swapaxes(2, 3)
     ends = query_offset + 1 if lengths is None else jnp.minimum(query_offset + 1, lengths)
-    visible = (j[None, :] < ends[:, None])[:, None, :, None]  # [B, 1, S, 1]
-    weights = _masked_softmax(scores, visible, axis=2).astype(v.dtype)
+    visible = j[None, :] < ends[:, None]  # [B, S]
+    if starts is not None:
+        visible &= j[None, :] >= starts
+    weights = _masked_softmax(scores, visible[:, None, :, None], axis=2).astype(v.dtype)
     return _weighted_values(weights, v).astype(q.dtype).reshape(B, 1, N, H)
 
 
@@ -206,6 +216,8 @@ def attention_xla(
     slopes: Float[Array, " N"] | None,
     alibi: str,
     scale: float,
+    starts: Int[Array, "B T"] | None = None,
+    *,
     max_scores_bytes: int = 2**30,
 ) -> Float[Array, "B T N H"]:
     """`attention_reference` a block of queries at a time, so that its scores never exceed `max_scores_bytes`.
@@ -214,12 +226,12 @@ def attention_xla(
     again in the backward pass. Short ones are one block: the reference itself.
     """
     if q.shape[1] == 1:
-        return attention_one_token(q, k, v, query_offset, lengths, slopes, alibi, scale)
+        return attention_one_token(q, k, v, query_offset, lengths, slopes, alibi, scale, starts)
 
-    def attend(q_block: Array, offset: Array) -> Array:
-        return attention_reference(q_block, k, v, offset, lengths, slopes, alibi, scale)
+    def attend(q_block: Array, offset: Array, starts_block: Array | None) -> Array:
+        return attention_reference(q_block, k, v, offset, lengths, slopes, alibi, scale, starts_block)
 
-    return _by_query_blocks(attend, q, query_offset, k.shape[1], max_scores_bytes)
+    return _by_query_blocks(attend, q, query_offset, starts, k.shape[1], max_scores_bytes)
 
 
 def attention_xla_with_lse(
@@ -231,45 +243,51 @@ def attention_xla_with_lse(
     slopes: Float[Array, " N"] | None,
     alibi: str,
     scale: float,
+    starts: Int[Array, "B T"] | None = None,
+    *,
     max_scores_bytes: int = 2**30,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """`attention_xla` and `attention_lse`, in the same blocks."""
 
-    def attend(q_block: Array, offset: Array) -> tuple[Array, Array]:
-        arguments = (offset, lengths, slopes, alibi, scale)
+    def attend(q_block: Array, offset: Array, starts_block: Array | None) -> tuple[Array, Array]:
+        arguments = (offset, lengths, slopes, alibi, scale, starts_block)
         lse = attention_lse(q_block, k, *arguments)
         return attention_reference(q_block, k, v, *arguments), lse.swapaxes(1, 2)
 
-    out, lse = _by_query_blocks(attend, q, query_offset, k.shape[1], max_scores_bytes)
+    out, lse = _by_query_blocks(attend, q, query_offset, starts, k.shape[1], max_scores_bytes)
     return out, lse.swapaxes(1, 2)
 
 
 def _by_query_blocks(
-    attend: Callable[[Array, Array], Any],
+    attend: Callable[[Array, Array, Array | None], Any],
     q: Float[Array, "B T N H"],
     query_offset: Int[Array, " B"],
+    starts: Int[Array, "B T"] | None,
     num_keys: int,
     max_scores_bytes: int,
 ) -> Any:
-    """attend(q, query_offset), whose results are [B, T, ...], a block of T at a time where its scores ask for that."""
-    B, T, N, H = q.shape
+    """attend(q, query_offset, starts), whose results are [B, T, ...], a block of T at a time where its scores ask."""
+    B, T, N, _ = q.shape
     bytes_a_query = 4 * B * N * num_keys
     if T * bytes_a_query <= max_scores_bytes:
-        return attend(q, query_offset)
+        return attend(q, query_offset, starts)
 
     num_blocks = math.ceil(T / max(16, max_scores_bytes // bytes_a_query))
     block = math.ceil(T / num_blocks)
     num_blocks = math.ceil(T / block)
-    padded = jnp.pad(q, ((0, 0), (0, num_blocks * block - T), (0, 0), (0, 0)))
-    blocks = padded.reshape(B, num_blocks, block, N, H).swapaxes(0, 1)
-    starts = jnp.arange(num_blocks, dtype=jnp.int32) * block
+
+    def cut(x: Array) -> Array:  # [num_blocks, B, block, ...]
+        padded = jnp.pad(x, [(0, num_blocks * block - T if axis == 1 else 0) for axis in range(x.ndim)])
+        return padded.reshape(B, num_blocks, block, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def attend_block(q_and_start: tuple[Array, Array]) -> Any:
-        q_block, start = q_and_start
-        return attend(q_block, query_offset + start)
+    def attend_block(given: tuple[Array, Array, Array | None]) -> Any:
+        q_block, first_query, starts_block = given
+        return attend(q_block, query_offset + first_query, starts_block)
 
     def join(result: Array) -> Array:  # [num_blocks, B, block, ...]
         return result.swapaxes(0, 1).reshape(B, num_blocks * block, *result.shape[3:])[:, :T]
 
-    return jax.tree.map(join, jax.lax.map(attend_block, (blocks, starts)))
+    first_queries = jnp.arange(num_blocks, dtype=jnp.int32) * block
+    blocks = cut(q), first_queries, None if starts is None else cut(starts)
+    return jax.tree.map(join, jax.lax.map(attend_block, blocks))

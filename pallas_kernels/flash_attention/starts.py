@@ -7,6 +7,7 @@ On the GPU the values are computed in registers, an element at a time (`hopper.e
 array operations.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ def scores_start(
     first_row: Any,
     first_key: Any,
     num_visible: jax.Array | None,
+    num_hidden: jax.Array | None = None,
     scale: float,
     dtype: DTypeLike,
     interpretable: bool,
@@ -43,15 +45,53 @@ def scores_start(
         divided by `scale`.
       slope, first_row, first_key: float32 and int32 scalars; the positions of the first query and key.
       num_visible: int32 [rows]; row r sees the first num_visible[r] keys of these. None: all.
+      num_hidden: int32 [rows], beside num_visible only: row r does not see the first num_hidden[r]. None: it does.
     """
     if alibi is None and num_visible is None:
         return plgpu.layout_cast(jnp.zeros((rows, keys), jnp.float32), plgpu.Layout.WGMMA)
+    build = _as_arrays if interpretable else _in_registers
+    return build(rows, keys, alibi, slope, first_row, first_key, num_visible, num_hidden, scale, dtype)
+
+
+def hide_unseen(
+    start: jax.Array, first_seen: jax.Array, key: jax.Array, starts: jax.Array, *, interpretable: bool
+) -> jax.Array:
+    """float32 `start` of transposed scores, [keys, queries], where a query sees a key, else MASKED.
+
+    Args:
+      first_seen: int32 [keys]; key r is seen from column first_seen[r] on,
+      key, starts: int32 [keys] and [queries]; and only by queries with starts[column] <= key[r].
+    """
+    rows, columns = shape = start.shape[0], start.shape[1]
     if interpretable:
-        return _as_arrays(rows, keys, alibi, slope, first_row, first_key, num_visible, scale, dtype)
-    return _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, scale, dtype)
+        column = jnp.arange(columns, dtype=jnp.int32)[None, :]
+        return jnp.where((column >= first_seen[:, None]) & (starts[None, :] <= key[:, None]), start, MASKED)
+
+    per_row, per_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, per_row, per_row, per_column),
+        return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def hide(_, start, first_seen, key, starts):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        first_seen, key = (hopper.over_columns(x, shape) for x in (first_seen, key))
+        starts, lane = starts.broadcast_in_dim(shape, (1,), mgpu.WGMMA_LAYOUT), hopper.first_column()
+
+        def emit(register, element, column):
+            value, first, key_here, start_here = (
+                hopper.element_of(x, register, element) for x in (start, first_seen, key, starts)
+            )
+            by_order = arith.cmpi(arith.CmpIPredicate.sle, arith.subi(first, lane), mgpu.c(column, i32))
+            by_document = arith.cmpi(arith.CmpIPredicate.sle, start_here, key_here)
+            return arith.select(arith.andi(by_order, by_document), value, mgpu.c(MASKED, f32))
+
+        return hopper.emit_by_column(shape, emit)
+
+    return hide(start, first_seen, key, starts)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
 
 
-def _as_arrays(rows, keys, alibi, slope, first_row, first_key, num_visible, scale, dtype):
+def _as_arrays(rows, keys, alibi, slope, first_row, first_key, num_visible, num_hidden, scale, dtype):
     column = jnp.arange(keys, dtype=jnp.int32)
     if alibi is None:
         bias = jnp.zeros(keys, jnp.float32)
@@ -63,10 +103,13 @@ def _as_arrays(rows, keys, alibi, slope, first_row, first_key, num_visible, scal
     bias = lax.broadcast_in_dim(bias, (rows, keys), [1])
     if num_visible is None:
         return bias
-    return jnp.where(column[None, :] < num_visible[:, None], bias, MASKED)
+    visible = column[None, :] < num_visible[:, None]
+    if num_hidden is not None:
+        visible &= column[None, :] >= num_hidden[:, None]
+    return jnp.where(visible, bias, MASKED)
 
 
-def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, scale, dtype):
+def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, num_hidden, scale, dtype):
     scalar, row_vector = plgpu.Layout.WG_SPLAT(()), plgpu.Layout.WGMMA.reduce(1)
     arguments: list[Any] = []
     if alibi == "float32":
@@ -74,9 +117,8 @@ def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, s
     elif alibi == "hf_bf16":
         arguments = [hopper.rounded(slope, jnp.bfloat16), first_key.astype(jnp.float32)]
     types: list[Any] = [scalar] * len(arguments)
-    if num_visible is not None:
-        arguments.append(num_visible)
-        types.append(row_vector)
+    bounds = [bound for bound in (num_visible, num_hidden) if bound is not None]
+    types += [row_vector] * len(bounds)
 
     @plgpu.inline_mgpu(
         arg_types=tuple(types),
@@ -84,21 +126,24 @@ def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, s
     )
     def build(_, *given):
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-        given = list(given)
-        visible = None if num_visible is None else hopper.over_columns(given.pop(), (rows, keys))
+        scalars, given_bounds = given[: len(arguments)], given[len(arguments) :]
+        over_columns = [hopper.over_columns(bound, (rows, keys)) for bound in given_bounds]
         lane = hopper.first_column()
-        bias = _column_bias(alibi, [x.registers.item() for x in given], arith.sitofp(f32, lane), scale, dtype)
+        bias = _column_bias(alibi, [x.registers.item() for x in scalars], arith.sitofp(f32, lane), scale, dtype)
 
         def emit(register, element, column):
-            if visible is None:
+            # Seen where num_visible > column and num_hidden <= column.
+            seen = [
+                arith.cmpi(seen_if, arith.subi(hopper.element_of(bound, register, element), lane), mgpu.c(column, i32))
+                for bound, seen_if in zip(over_columns, (arith.CmpIPredicate.sgt, arith.CmpIPredicate.sle))
+            ]
+            if not seen:
                 return bias(column)
-            count = arith.subi(hopper.element_of(visible, register, element), lane)
-            seen = arith.cmpi(arith.CmpIPredicate.sgt, count, mgpu.c(column, i32))
-            return arith.select(seen, bias(column), mgpu.c(MASKED, f32))
+            return arith.select(functools.reduce(arith.andi, seen), bias(column), mgpu.c(MASKED, f32))
 
         return hopper.emit_by_column((rows, keys), emit)
 
-    return build(*arguments)
+    return build(*arguments, *bounds)
 
 
 def _column_bias(alibi, given, lane, scale, dtype):

@@ -134,6 +134,24 @@ def test_gradients_of_64_heads_over_65536_tokens_need_memory_for_a_few_arrays_li
     assert report.temp_bytes <= 5 * query_bytes(case)
 
 
+@pytest.mark.parametrize("model", ["falcon-rw-1b", "falcon-40b-alibi"])
+def test_documents_back_to_back_cost_no_spills_and_no_scores_in_memory(compiler, model):
+    """As training packs them: both kernels, of which the forward one has the fewest registers to spare."""
+    case = shapes.attention_case(model, 4096)
+    arguments = attention_arguments(case)
+    starts = array((case.B, case.T), "int32")
+    report = compiler.compile(gradients, dout=arguments["q"], starts=starts, **arguments)
+    require_no_problems(report)
+    assert sorted(kernel.name for kernel in report.kernels) == [
+        "flash_attention_backward_mosaic_gpu_kernel",
+        "flash_attention_forward_mosaic_gpu_kernel",
+    ]
+    others = [launch for launch in report.launches if launch != "mosaic_gpu_v2"]
+    # Those without documents, one that fills starts up, and one that looks where tiles end.
+    assert set(others) == {"fusion"} and len(others) <= 9
+    assert report.temp_bytes <= 5 * query_bytes(case)
+
+
 def decode_arguments(case: shapes.DecodeCase) -> dict[str, Any]:
     num_pages = -(-case.S // shapes.PAGE_SIZE)
     slots = (case.B * num_pages, shapes.PAGE_SIZE) if case.paged else (case.B, case.S)

@@ -17,6 +17,7 @@ from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.quantized_matmul import quantize
+from tests.pallas_kernels.packing import starts_of
 from tests.pallas_kernels.tolerance import allowed, error, require_close
 
 # Queries of which the reference is made: all of a long prompt's would need an array of scores.
@@ -110,6 +111,52 @@ def test_gradients_at_full_width(case):
     exact = plain(*[x.astype(jnp.float32) for x in arguments])
     for x, once_more, same_dtype, right in zip(gradient, again(*arguments), plain(*arguments), exact):
         np.testing.assert_array_equal(x, once_more)
+        require_close(x, same_dtype, right)
+
+
+# Documents back to back: of one token, at the edges of tiles and beside them, across many, and what fills a row up.
+PACKED = [
+    *(
+        (shapes.attention_case(model, 2048, batch=2), [(1, 127, 128, 1, 700, 1, 1090), (1984, 64)])
+        for model in shapes.HEADS
+    ),
+    (
+        dataclasses.replace(
+            shapes.attention_case("falcon-rw-1b", 1001, dtype="float16"), name="hf_bf16", alibi="hf_bf16"
+        ),
+        [(333, 333, 335)],
+    ),
+    (
+        dataclasses.replace(shapes.attention_case("falcon-40b-alibi", 640, batch=2), name="ragged", lengths=(500, 0)),
+        [(300, 200, 140), (640,)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "documents"), PACKED, ids=str)
+def test_packed_documents_and_their_gradients_at_full_width(case, documents):
+    inputs = case.draw(6)
+    alibi = inputs.pop("alibi")
+    starts = starts_of(documents)
+    cotangent = jax.random.normal(jax.random.key(9), inputs["q"].shape, inputs["q"].dtype)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def results(q, k, v, cotangent, *, implementation):
+        def call(q, k, v):
+            given = inputs | {"q": q, "k": k, "v": v, "starts": starts}
+            return attention(**given, scale=case.scale, implementation=implementation, alibi=alibi)
+
+        out, pull_back = jax.vjp(call, q, k, v)
+        return out, *pull_back(cotangent)
+
+    arguments = (inputs["q"], inputs["k"], inputs["v"], cotangent)
+    made = results(*arguments, implementation="mosaic")
+    for _ in range(20):  # whatever block comes first
+        for x, once_more in zip(made, results(*arguments, implementation="mosaic")):
+            np.testing.assert_array_equal(x, once_more)
+    plain = results(*arguments, implementation="xla")
+    exact = results(*(x.astype(jnp.float32) for x in arguments), implementation="xla")
+    for x, same_dtype, right in zip(made, plain, exact):
         require_close(x, same_dtype, right)
 
 
