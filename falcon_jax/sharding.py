@@ -1,8 +1,12 @@
 """Meshes, and one ordered table from parameter path to layout.
 
 Axes: "data" splits the batch, "fsdp" the batch and each parameter's width, "tensor" heads, MLP width and vocabulary,
-"stage" layers (pipelines; no parameter axis). What an axis does not divide is replicated over it, never refused: 71
-heads run on 8 devices.
+"stage" layers (pipelines). What an axis does not divide is replicated over it, never refused: 71 heads run on 8
+devices.
+
+In training the axes but "tensor" are manual: each device runs the step on its own rows and layers and says itself what
+is gathered and summed over them (train/weights.py), while XLA splits products over "tensor". So the state may be
+split over "data" too (ZeRO), and gradients of many micro-batches add up on each device before any of it is sent.
 """
 
 import math
@@ -17,6 +21,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.sharded import BATCH_AXES, HEAD_AXIS
 
 AXES = ("data", "fsdp", "tensor", "stage")
+STAGE_AXIS = "stage"
+MANUAL_AXES = ("data", "fsdp", "stage")  # in training
+ZERO_AXES = ("fsdp", "data")  # what the training state's widths are split over, as far as they divide
 
 # First match wins. A letter's axis: D -> fsdp, N, K, F, V -> tensor; H is never split.
 PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
@@ -24,6 +31,10 @@ PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.(query|key|value|up)\.weight\.values", PartitionSpec("tensor", "fsdp", None)),
     (r".*\.(output|down)\.weight\.values", PartitionSpec("fsdp", "tensor", None)),
     (r".*\.weight\.scales", PartitionSpec()),  # 1/32 of the values at most: each device takes what it needs
+    (r".*\.(query|key|value)\.b", PartitionSpec(None, "tensor", None)),  # r N H, of adapters (model/adapters.py)
+    (r".*\.attention\.output\.a", PartitionSpec("tensor", None, None)),  # N H r
+    (r".*\.mlp\.up\.b", PartitionSpec(None, "tensor")),  # r F
+    (r".*\.mlp\.down\.a", PartitionSpec("tensor", None)),  # F r
     (r"embed\.weight", PartitionSpec("tensor", "fsdp")),  # V D
     (r"lm_head\.weight", PartitionSpec("fsdp", "tensor")),  # D V
     (r".*\.(query|key|value)\.weight", PartitionSpec("fsdp", "tensor", None)),  # D N H
@@ -41,6 +52,9 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over the first data * fsdp * tensor * stage devices, with all four axes and automatic sharding.
 
+    Neighbours in `devices` share "tensor" first, whose traffic is the most and needs the links inside a machine, then
+    "fsdp" and "data"; "stage", with the least, lies the farthest apart.
+
     Raises:
       ValueError: there are fewer devices than that.
     """
@@ -50,19 +64,50 @@ def make_mesh(
     if needed > len(devices):
         shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ValueError(f"a mesh of {shape} takes {needed} devices; there are {len(devices)}")
-    grid = np.asarray(devices[:needed]).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.asarray(devices[:needed]).reshape(stage, data, fsdp, tensor)
+    return Mesh(np.moveaxis(grid, 0, -1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """The layout of the parameter at `path`: the table's, less the axes that do not divide."""
-    spec = next(spec for pattern, spec in PARAMETER_TABLE if re.fullmatch(pattern, path))
-    return fitting(shape, mesh, spec)
+    return fitting(shape, mesh, param_spec(path))
+
+
+def param_spec(path: str) -> PartitionSpec:
+    """What the table says of the parameter at `path`."""
+    return next(spec for pattern, spec in PARAMETER_TABLE if re.fullmatch(pattern, path))
 
 
 def params_sharding(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """`param_sharding` for each of a flat tree's leaves (anything with a shape)."""
     return {path: param_sharding(path, leaf.shape, mesh) for path, leaf in leaves.items()}
+
+
+def state_spec(path: str, shape: Sequence[int], mesh: Mesh, num_stacked: int = 0) -> PartitionSpec:
+    """The layout of a parameter in the training state: the table's, with widths over ZERO_AXES.
+
+    num_stacked: leading dimensions that `pipeline.stack` put before the parameter's own, of which the first lies over
+      "stage".
+    """
+    spec = param_spec(path)
+    zero = tuple(ZERO_AXES if axes == "fsdp" else axes for axes in spec)
+    stacked = (STAGE_AXIS,) + (None,) * (num_stacked - 1) if num_stacked else ()
+    return fitting(shape, mesh, PartitionSpec(*stacked, *zero), drop="last").spec
+
+
+def restricted(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
+    """`spec` with no other axes than these."""
+    return PartitionSpec(*(tuple(axis for axis in names if axis in axes) or None for names in axes_by_dimension(spec)))
+
+
+def axes_by_dimension(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The axes that each dimension is split over. A spec itself holds a name, a tuple of them or None."""
+    return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+
+
+def micro_batches_sharding(mesh: Mesh) -> NamedSharding:
+    """Micro-batches [A, R, ...]: the R rows of each over "data" and "fsdp"."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -79,11 +124,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def fitting(shape: Sequence[int], mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
-    """`spec` on `mesh` without the axes that the mesh lacks or whose size does not divide their dimension."""
+def fitting(shape: Sequence[int], mesh: Mesh, spec: PartitionSpec, *, drop: str = "all") -> NamedSharding:
+    """`spec` on `mesh` without the axes that the mesh lacks or whose size does not divide their dimension.
+
+    drop: where several axes do not divide a dimension together, "all" of them go, or the "last" until they do.
+    """
     kept = []
-    for size, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
-        names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-        names = tuple(name for name in names if name in mesh.shape)
-        kept.append(names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+    unnamed = len(shape) - len(spec)
+    for size, axes in zip(shape, axes_by_dimension(spec) + [()] * unnamed, strict=True):
+        names = tuple(name for name in axes if name in mesh.shape)
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1] if drop == "last" else ()
+        kept.append(names or None)
     return NamedSharding(mesh, PartitionSpec(*kept))

@@ -4,12 +4,15 @@ XLA cannot look into a kernel: under plain jit it would gather sharded operands 
 Under shard_map each device runs the kernel on its share, and nothing moves. An axis that does not divide its dimension
 is replicated over, never refused.
 
+Within a shard_map over some of the mesh's axes, as in training, the arrays at hand are a device's share already, and
+the other axes alone split them further.
+
 The trap: query heads may split further than the key/value heads that they share. A shard then takes the one it reads,
 and shard_map adds up its gradients over the shards.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +39,12 @@ class Layout(NamedTuple):
         return PartitionSpec(*(getattr(self, letter) if letter in "BNK" else None for letter in letters.split()))
 
 
-def layout(mesh: Mesh, sizes: dict[str, int], *, batch_axes: Sequence[str], head_axis: str) -> Layout:
-    """How `mesh` splits B rows, N query heads and K key/value heads (`sizes` by letter)."""
-    rows = tuple(axis for axis in batch_axes if axis in mesh.shape)
-    if not rows or sizes["B"] % math.prod(mesh.shape[axis] for axis in rows):
+def layout(axes: Mapping[str, int], sizes: dict[str, int], *, batch_axes: Sequence[str], head_axis: str) -> Layout:
+    """How a mesh of these `axes` (name to size) splits B rows, N query heads and K key/value heads (`sizes`)."""
+    rows = tuple(axis for axis in batch_axes if axis in axes)
+    if not rows or sizes["B"] % math.prod(axes[axis] for axis in rows):
         rows = None
-    N, K, num_shards = sizes["N"], sizes["K"], mesh.shape.get(head_axis, 1)
+    N, K, num_shards = sizes["N"], sizes["K"], axes.get(head_axis, 1)
     if num_shards == 1 or N % num_shards:
         return Layout(rows, None, None, 0)
     if K % num_shards == 0:
@@ -71,18 +74,20 @@ def over_mesh(
     Returns:
       What `function` returns, laid out as `results` says. Differentiable where `function` is.
     """
-    if mesh is None or mesh.size == 1:
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = {} if mesh is None else {axis: size for axis, size in mesh.shape.items() if axis not in manual}
+    if math.prod(axes.values()) == 1:
         return function(*arguments)
     given = {i: array for i, array in enumerate(arguments) if array is not None}
     dimensions = {i: letters[i].split() for i in given}
     sizes: dict[str, int] = {}
     for i, array in given.items():
         sizes.update(zip(dimensions[i], array.shape, strict=True))
-    split = layout(mesh, sizes, batch_axes=batch_axes, head_axis=head_axis)
+    split = layout(axes, sizes, batch_axes=batch_axes, head_axis=head_axis)
 
     def on_one_device(shards: dict[int, Array]) -> Any:
         if split.kv_groups:
-            head = jax.lax.axis_index(head_axis) * split.kv_groups // mesh.shape[head_axis]
+            head = jax.lax.axis_index(head_axis) * split.kv_groups // axes[head_axis]
             for i, shard in shards.items():
                 if "K" in dimensions[i]:
                     shards[i] = jax.lax.dynamic_slice_in_dim(shard, head, 1, axis=dimensions[i].index("K"))
@@ -90,8 +95,32 @@ def over_mesh(
 
     return jax.shard_map(
         on_one_device,
-        mesh=mesh,
+        mesh=None if manual else mesh,  # inside a region of manual axes: the rest of its mesh
+        axis_names=set(axes),
         in_specs=({i: split.spec(letters[i]) for i in given},),
         out_specs=jax.tree.map(split.spec, results),
         check_vma=False,  # a kernel's results do not say over which axes they vary
     )(given)
+
+
+def over_axis(
+    function: Callable[..., Any],
+    axis: str,
+    mesh: Mesh | None,
+    inputs: tuple[PartitionSpec, ...],
+    output: PartitionSpec,
+) -> Callable[..., Any]:
+    """`function` on each device's part of its arguments along one axis.
+
+    The mesh's other axes stay as they are: XLA's own, or manual already where the call stands inside such a region
+    (then `mesh` may be None).
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return jax.shard_map(
+        function,
+        mesh=None if manual else mesh,
+        in_specs=inputs,
+        out_specs=output,
+        axis_names={axis},
+        check_vma=False,
+    )

@@ -51,7 +51,8 @@ class Attention(nnx.Module):
             kept = kv_cache.write(slots[0], k, step.offsets), kv_cache.write(slots[1], v, step.offsets)
         if kept and step.reads_cache:
             return self.attend_to_cache(q, *kept, step), kept
-        return flash_attention.attention(q, self._rotate_late(k, step), v, **step.attention_arguments()), kept
+        arguments = step.attention_arguments()
+        return flash_attention.attention(q, self._rotate_late(k, step), v, starts=step.starts, **arguments), kept
 
     def probabilities(self, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B N T T"]:
         """What each query gives to each key, in float32: for looking at, not on any fast path."""

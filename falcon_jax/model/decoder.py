@@ -9,33 +9,49 @@ whose order of additions and roundings is kept.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import stages
 from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
-from falcon_jax.model.linear import LayerNorm, Linear, apart, declare, multiply
+from falcon_jax.model.linear import LayerNorm, Linear, apart, apart_backward, declare, multiply
 from falcon_jax.model.step import ForwardOptions, Step, spans
 from pallas_kernels.quantized_matmul import exact_gelu
+from pallas_kernels.sharded import HEAD_AXIS, over_axis
 
 __all__ = ["FalconDecoder", "ForwardOptions"]
 
 
 class Embedding(nnx.Module):
-    """Token vectors; with a tied head also the output projection."""
+    """Token vectors; with a tied head also the output projection.
 
-    def __init__(self, config: FalconConfig):
+    Where the vocabulary is split over "tensor", each device looks up what it has and the results add up: left to itself
+    XLA gathers the whole table.
+    """
+
+    def __init__(self, config: FalconConfig, mesh: Mesh | None):
         self.weight = declare((config.vocab_size, config.width), "normal")
+        self.mesh = mesh
 
     def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...][token_ids]
+        table = self.weight[...]
+        if self.mesh is None or HEAD_AXIS not in self.mesh.shape or table.shape[0] % self.mesh.shape[HEAD_AXIS]:
+            return table[token_ids]
+        whole = PartitionSpec()
+        look_up = over_axis(self._of_shard, HEAD_AXIS, self.mesh, (PartitionSpec(HEAD_AXIS), whole), whole)
+        return look_up(table, token_ids)
+
+    @staticmethod
+    def _of_shard(table: Float[Array, "rows D"], token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        own = token_ids - jax.lax.axis_index(HEAD_AXIS) * table.shape[0]
+        is_here = (own >= 0) & (own < table.shape[0])
+        found = jnp.where(is_here[..., None], table[jnp.where(is_here, own, 0)], 0)
+        return jax.lax.psum(found, HEAD_AXIS)
 
 
 class MLP(nnx.Module):
@@ -73,20 +89,45 @@ class Block(nnx.Module):
             return self._dropout(self.mlp(self.mlp_norm(x)), step, 1) + x, slots
         if self.has_mlp_norm:
             normed = self.mlp_norm(x)
-        return self._dropout(self.mlp(normed) + attended, step, 0) + x, slots
+        return self._dropout(apart_backward(self.mlp(normed)) + attended, step, 0) + x, slots
 
     def _dropout(self, x: Array, step: Step, place: int) -> Array:
         """Zeroes what a block adds to the residual, entry by entry with the configured probability, in training."""
-        if step.dropout_key is None or self.dropout_rate == 0.0:
+        if step.dropout_keys is None or self.dropout_rate == 0.0:
             return x
-        key = jax.random.fold_in(step.dropout_key, place)
-        # 16 random bits decide well enough, and making them costs half of what 32 do.
-        drawn = jax.random.bits(key, x.shape, jnp.uint16)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(step.dropout_keys, place)
+        # A row at a time, so that what is drawn for it depends on no other row. 16 random bits decide well enough, and
+        # making them costs half of what 32 do.
+        drawn = jax.lax.map(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16), keys)
         kept = drawn >= round(self.dropout_rate * 2**16)
         return jnp.where(kept, x / (1.0 - self.dropout_rate), 0).astype(x.dtype)
 
 
-class FalconDecoder(nnx.Module):
+class Ends(nnx.Module):
+    """What is before and after the blocks: embedding, final norm and head. Built without arrays, as FalconDecoder."""
+
+    def __init__(self, config: FalconConfig, mesh: Mesh | None):
+        self.config = config
+        self.mesh = mesh
+        self.embed = Embedding(config, mesh)
+        self.final_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear((config.width,), (config.vocab_size,), bias=False)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states: the product in the parameters' dtype with float32 accumulation."""
+        with jax.named_scope("logits"):
+            if self.config.tie_word_embeddings:
+                return multiply(hidden, self.embed.weight[...], transposed=True, dtype=jnp.float32)
+            return multiply(hidden, self.lm_head.weight[...], dtype=jnp.float32)
+
+    def head(self) -> tuple[Float[Array, "V D"] | Float[Array, "D V"], bool]:
+        """The matrix of the head, and whether it is [V, D] (the embedding's own) rather than [D, V]."""
+        is_tied = self.config.tie_word_embeddings
+        return (self.embed.weight if is_tied else self.lm_head.weight)[...], is_tied
+
+
+class FalconDecoder(Ends):
     """Embedding, L blocks, final norm and head. Built without arrays; get a working one from `params.bind`.
 
     weights: what the blocks' projections are stored as, one of quantize.WEIGHTS.
@@ -95,15 +136,11 @@ class FalconDecoder(nnx.Module):
     def __init__(
         self, config: FalconConfig, options: ForwardOptions, mesh: Mesh | None = None, weights: str = "native"
     ):
-        self.config = config
+        super().__init__(config, mesh)
         self.options = options
-        self.mesh = mesh
         self.weights = weights
-        self.embed = Embedding(config)
         self.layers = nnx.List([Block(config, weights) for _ in range(config.num_layers)])
-        self.final_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear((config.width,), (config.vocab_size,), bias=False)
+        self.has_adapters = False  # see adapters.bind
 
     def __call__(
         self,
@@ -112,7 +149,6 @@ class FalconDecoder(nnx.Module):
         cache: KVCache | None = None,
         num_tokens: Int[Array, " B"] | None = None,
         cache_is_empty: bool = False,
-        dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The final hidden states of T tokens a row, and the cache that now holds them.
 
@@ -123,7 +159,6 @@ class FalconDecoder(nnx.Module):
           num_tokens: how many of each row's T tokens are real; None means all.
           cache_is_empty: the caller knows that no row holds anything yet (static): attention then reads the T new keys
             and not the whole cache.
-          dropout_key: in training, drops what blocks add with the probability config.hidden_dropout; None: never.
 
         Returns:
           Hidden states [B, T, D] in the parameters' dtype (at padding: finite, meaningless) and the cache with each
@@ -135,50 +170,36 @@ class FalconDecoder(nnx.Module):
         step = Step.begin(self.config, self.options, T, offsets, ends, read, self.mesh)
 
         x = self.embed(token_ids)
-        if cache is not None and self._takes_stages(B * T, cache_is_empty, dropout_key):
+        if cache is not None and self._takes_stages(B * T, cache_is_empty):
             x, kept = stages.run(self, x, step, cache, self.options.stages)
             keys, values = zip(*kept, strict=True)
             return x, KVCache(keys, values, ends)
         keys, values = [], []
         for i, block in enumerate(self.layers):
             slots = None if cache is None else (cache.keys[i], cache.values[i])
-            if dropout_key is not None:
-                step = dataclasses.replace(step, dropout_key=jax.random.fold_in(dropout_key, i))
             with jax.named_scope(f"layer_{i}"):
-                x, slots = self._run(block, x, step, slots)
+                x, slots = block(x, step, slots)
             if slots is not None:
                 keys.append(slots[0])
                 values.append(slots[1])
         x = self.final_norm(x)
         return x, None if cache is None else KVCache(tuple(keys), tuple(values), ends)
 
-    def _takes_stages(self, num_tokens: int, cache_is_empty: bool, dropout_key: Array | None) -> bool:
+    def _takes_stages(self, num_tokens: int, cache_is_empty: bool) -> bool:
         """Whether so many tokens go through the fused stages.
 
         Raises:
           NotImplementedError: the options ask for the kernels by name, and they cannot run here.
         """
         asked = self.options.stages
-        if asked == "xla" or dropout_key is not None:
+        if asked == "xla":
             return False
         if asked is None and not stages.pays(self.weights, num_tokens, cache_is_empty):
             return False
-        reason = stages.reason_against(self, num_tokens)
+        reason = "the model has adapters" if self.has_adapters else stages.reason_against(self, num_tokens)
         if reason is not None and asked is not None:
             raise NotImplementedError(f"stages={asked!r} cannot run here: {reason}")
         return reason is None
-
-    def _run(self, block: Block, x: Array, step: Step, slots: tuple[Array, Array] | None):
-        if not self.options.remat:
-            return block(x, step, slots)
-        return jax.checkpoint(lambda x: block(x, step, slots))(x)
-
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states: the product in the parameters' dtype with float32 accumulation."""
-        with jax.named_scope("logits"):
-            if self.config.tie_word_embeddings:
-                return multiply(hidden, self.embed.weight[...], transposed=True, dtype=jnp.float32)
-            return multiply(hidden, self.lm_head.weight[...], dtype=jnp.float32)
 
     def attention_probabilities(self, token_ids: Int[Array, "B T"], layer: int) -> Float[Array, "B N T T"]:
         """What each query of `layer` (0 .. L-1) gives to each key, in float32."""

@@ -1,5 +1,6 @@
 """Parameters with their declarations, the linear projection and the layer norm."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -57,8 +58,32 @@ def apart(x: Array, count: int) -> tuple[Array, ...]:
     return jax.lax.optimization_barrier((x,) * count)
 
 
+@jax.custom_vjp
+def apart_backward(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, whose gradient is a value of its own, though that of another summand is the same: as `apart`, backward."""
+    return x
+
+
+apart_backward.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """(x a) b scale: what an adapter adds to a projection (adapters.py)."""
+
+    a: Float[Array, "*inputs r"]
+    b: Float[Array, "r *outputs"]
+    scale: float
+
+    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        """In x's dtype, as are a and b where they are multiplied; sums in float32."""
+        rank = self.b.shape[0]
+        low = multiply(x, self.a.reshape(-1, rank).astype(x.dtype)) * self.scale
+        return multiply(low, self.b.reshape(rank, -1).astype(x.dtype))
+
+
 class Linear(nnx.Module):
-    """A product with a weight of any shape [*inputs, *outputs], then the bias [*outputs].
+    """A product with a weight of any shape [*inputs, *outputs], then the bias [*outputs], then what an adapter adds.
 
     As in FalconLinear of modeling_falcon.py the product is rounded to the model's dtype before the bias is added.
 
@@ -75,6 +100,7 @@ class Linear(nnx.Module):
             self.weight = Quantized(math.prod(inputs), math.prod(outputs), weights)
         if bias:
             self.bias = declare(outputs, "zeros")
+        self.adapter: LowRank | None = None  # see adapters.bind
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         leading = x.shape[: x.ndim - len(self.inputs)]
@@ -85,7 +111,9 @@ class Linear(nnx.Module):
         else:
             product = multiply(x, self._native_matrix())
         product = product.reshape(*leading, *self.outputs)
-        return product + self.bias[...] if hasattr(self, "bias") else product
+        if hasattr(self, "bias"):
+            product = product + self.bias[...]
+        return product if self.adapter is None else product + self.adapter(x).reshape(product.shape)
 
     def matrix(self) -> Float[Array, "I O"] | QuantizedWeight:
         """The weight as kernels take it."""

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import quantize
-from falcon_jax.model.decoder import Block, FalconDecoder
+from falcon_jax.model.decoder import Block, Ends, FalconDecoder
 from falcon_jax.model.step import ForwardOptions
 from pallas_kernels.quantized_matmul import QuantizedWeight
 
@@ -92,12 +92,21 @@ def bind(
 
 
 def bind_block(config: FalconConfig, params: Params) -> Block:
-    """One layer over its own native parameters, the tree that lies under "layers.i". Use inside jit, as `bind`.
+    """One layer over its own parameters, the tree that lies under "layers.i". Use inside jit, as `bind`.
 
     Raises:
       ValueError: `params` is not the tree of a layer that `config` describes.
     """
-    return _merged(*_declared_block(config), params)
+    return _merged(*_declared_block(config, weights_of(params)), params)
+
+
+def bind_ends(config: FalconConfig, params: Params, mesh: Mesh | None = None) -> Ends:
+    """Embedding, final norm and head over their part of `params`, which may lack the layers. Use inside jit, as `bind`.
+
+    Raises:
+      ValueError: `params` does not hold what `config` describes.
+    """
+    return _merged(*_declared_ends(config, mesh), {name: part for name, part in params.items() if name != "layers"})
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -129,8 +138,13 @@ def _declared(config: FalconConfig, options: ForwardOptions, mesh: Mesh | None, 
 
 
 @functools.lru_cache(maxsize=64)
-def _declared_block(config: FalconConfig) -> tuple[Any, Any]:
-    return nnx.split(Block(config, "native"))
+def _declared_ends(config: FalconConfig, mesh: Mesh | None) -> tuple[Any, Any]:
+    return nnx.split(Ends(config, mesh))
+
+
+@functools.lru_cache(maxsize=64)
+def _declared_block(config: FalconConfig, weights: str) -> tuple[Any, Any]:
+    return nnx.split(Block(config, weights))
 
 
 def _merged(graph: Any, state: Any, params: Params) -> Any:

@@ -12,6 +12,8 @@ from falcon_jax.config import FalconConfig
 from falcon_jax.model import positions
 from falcon_jax.model.cache import KVCache
 
+REMAT = ("none", "block", "products", "stage")
+
 
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
@@ -21,19 +23,26 @@ class ForwardOptions:
     attention: `implementation` of the kernels of pallas_kernels (flash_attention, and decode_attention for single
       tokens); None picks the best that works.
     stages: `implementation` of the fused stages (stages.py): "mosaic", "xla" (plain layers), or None for the faster.
-    remat: compute each block again in the backward pass instead of keeping its activations.
+    remat: what the backward pass of training computes again instead of keeping it, one of REMAT: "none"; "block", all
+    of
+      a block but its input; "products", all but the results of a block's matrix products; "stage", in a pipeline, all
+      that a stage does with a micro-batch, and no more of a block.
+    num_remat_layers: how many layers, from the first on, that holds for; None: all.
     """
 
     alibi: str = "float32"
     attention: str | None = None
     stages: str | None = None
-    remat: bool = False
+    remat: str = "none"
+    num_remat_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.alibi not in ("float32", "hf_bf16"):
             raise ValueError(f"alibi={self.alibi!r} is unknown; known are 'float32' and 'hf_bf16'")
         if self.stages not in (None, "mosaic", "xla"):
             raise ValueError(f"stages={self.stages!r} is unknown; known are 'mosaic', 'xla' and None")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r} is unknown; known are {', '.join(map(repr, REMAT))}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +59,8 @@ class Step:
     alibi: str
     implementation: str | None
     mesh: Mesh | None
-    dropout_key: Key[Array, ""] | None = None  # the layer's own, in training
+    dropout_keys: Key[Array, " B"] | None = None  # the layer's own, one a row, in training
+    starts: Int[Array, "B T"] | None = None  # packed documents: the first position that each token may see
 
     @classmethod
     def begin(

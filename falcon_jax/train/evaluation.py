@@ -13,15 +13,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32
 from tqdm import tqdm
 
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import ConfigError
 from falcon_jax.model.decoder import ForwardOptions
 from falcon_jax.model.params import Params
-from falcon_jax.train.data import Split
 from falcon_jax.train.metrics import bits_per_byte
+from falcon_jax.train.shards import Split, Tokens
 from falcon_jax.train.step import StepOptions, make_eval_step
 
 MAX_LOGIT_BYTES = 2**30  # of a batch, at once
@@ -32,7 +32,7 @@ class Windows:
     """Stretches of one document each. Window w reads tokens[begins[w]:] and predicts counts[w] targets, of which the
     first skips[w] were counted in the window before. num_columns: the most targets that a window has."""
 
-    tokens: Integer[np.ndarray, " num_tokens"]
+    tokens: Tokens
     begins: np.ndarray
     counts: Int32[np.ndarray, " W"]
     skips: Int32[np.ndarray, " W"]
@@ -54,7 +54,7 @@ class Windows:
             np.pad(array[first : first + num_rows], (0, missing)) for array in (self.begins, self.counts, self.skips)
         )
         columns = np.arange(self.num_columns + 1)
-        tokens = self.tokens.take(begins[:, None] + columns, mode="clip")
+        tokens = self.tokens.rows(begins, len(columns))
         return np.where(columns <= counts[:, None], tokens, 0).astype(self.tokens.dtype), counts, skips
 
 
@@ -70,23 +70,18 @@ def cut_windows(split: Split, length: int, stride: int | None = None) -> Windows
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise ConfigError(f"stride is {stride} and length {length}; the stride must be from 1 to the length")
-    sizes = np.diff([*split.starts, len(split.tokens)]) - 1  # targets of each document
-    if not (sizes > 0).any():
+    sizes = np.diff(split.starts, append=len(split.tokens)) - 1  # targets of each document
+    starts, sizes = split.starts[sizes > 0], sizes[sizes > 0]
+    if not len(sizes):
         raise ConfigError("the text is empty; give at least one byte of it")
-    begins, counts, skips = [], [], []
-    for start, size in zip(split.starts, sizes):
-        if size < 1:
-            continue
-        number = max(0, -(-(size - length) // stride)) + 1
-        offsets = stride * np.arange(number)
-        begins.append(start + offsets)
-        counts.append(np.minimum(length, size - offsets))
-        skips.append(np.where(offsets > 0, length - stride, 0))
+    numbers = np.maximum(0, -(-(sizes - length) // stride)) + 1  # windows of each document
+    firsts = np.cumsum(numbers) - numbers
+    offsets = stride * (np.arange(numbers.sum()) - np.repeat(firsts, numbers))
     return Windows(
         split.tokens,
-        np.concatenate(begins),
-        np.concatenate(counts).astype(np.int32),
-        np.concatenate(skips).astype(np.int32),
+        np.repeat(starts, numbers) + offsets,
+        np.minimum(length, np.repeat(sizes, numbers) - offsets).astype(np.int32),
+        np.where(offsets > 0, length - stride, 0).astype(np.int32),
         int(min(length, sizes.max())),
     )
 
@@ -231,7 +226,7 @@ def _plan(
     forward: ForwardOptions | None,
     batch_tokens: int,
 ) -> list[_Part]:
-    largest = int(split.tokens.max(initial=0))
+    largest = split.tokens.max()
     if largest >= config.vocab_size:
         raise ConfigError(f"the text holds token {largest}, and the model has a vocab_size of {config.vocab_size}")
     if batch_tokens < 1:
@@ -240,8 +235,8 @@ def _plan(
     for length, stride in shapes:
         windows = cut_windows(split, length, stride)
         num_rows = min(max(1, batch_tokens // windows.num_columns), len(windows))
-        logit_columns = MAX_LOGIT_BYTES // (4 * num_rows * config.vocab_size)
-        options = StepOptions(compute_dtype=dtype, loss_chunk_tokens=min(512, max(16, logit_columns)))
+        logit_tokens = MAX_LOGIT_BYTES // (4 * config.vocab_size)
+        options = StepOptions(compute_dtype=dtype, loss_chunk_tokens=max(16, logit_tokens))
         step = make_eval_step(config, options, forward or ForwardOptions())
         parts.append(_Part(length, stride, windows, num_rows, step))
     return parts

@@ -3,9 +3,12 @@
 y[r, o] = sum_i x[r, i] w[i, o], w as in formats.py
 """
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Num
 
@@ -24,21 +27,52 @@ def matmul_xla(x: Float[Array, "*rows I"], weight: QuantizedWeight, num_outputs:
     dtype are (int4), since a product for each group would keep all its sums.
 
     A weight is unpacked when x is there and not before: XLA would else unpack those of many layers at once, and hold
-    a second model in memory.
+    a second model in memory. So would a gradient that kept what was unpacked: it is unpacked again for it.
+
+    Differentiable in x, and in that alone: the weight is a constant, whose gradient comes out as zero.
     """
+    return _matmul(x, weight, (x.shape[-1], num_outputs))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: Array, weight: QuantizedWeight, sizes: tuple[int, int]) -> Array:
     x, values = lax.optimization_barrier((x, weight.values))
-    weight = QuantizedWeight(values, weight.scales)
+    w, scales = _operands(QuantizedWeight(values, weight.scales), sizes)
+    y = _product(x, w, over=1)
+    return (y if scales is None else y * scales).astype(x.dtype)
+
+
+def _matmul_forward(x: Array, weight: QuantizedWeight, sizes: tuple[int, int]) -> tuple[Array, QuantizedWeight]:
+    return _matmul(x, weight, sizes), weight
+
+
+def _matmul_backward(sizes: tuple[int, int], weight: QuantizedWeight, dy: Array) -> tuple[Array, QuantizedWeight]:
+    """dx = dy w^T, rounded to the same dtype as y."""
+    dy, values = lax.optimization_barrier((dy, weight.values))
+    w, scales = _operands(QuantizedWeight(values, weight.scales), sizes)
+    scaled = dy if scales is None else (dy.astype(jnp.float32) * scales).astype(dy.dtype)
+    nothing = QuantizedWeight(np.zeros(values.shape, jax.dtypes.float0), jnp.zeros_like(weight.scales))
+    return _product(scaled, w, over=0).astype(dy.dtype), nothing
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _operands(weight: QuantizedWeight, sizes: tuple[int, int]) -> tuple[Num[Array, "O I"], Float[Array, " O"] | None]:
+    """What x is multiplied with, and what the product is: None for nothing more.
+
+    Cut before the product: the kernel that unpacks leaves out what fills the last tiles, and x need not be padded.
+    """
+    num_inputs, num_outputs = sizes
     if weight.form == "int8":
-        y = _product(x, unpack(weight.values), num_outputs) * weight.scales.reshape(-1)[:num_outputs]
-    else:
-        y = _product(x, dequantize_transposed(weight), num_outputs)
-    return y.astype(x.dtype)
+        return unpack(weight.values)[:num_outputs, :num_inputs], weight.scales.reshape(-1)[:num_outputs]
+    return dequantize_transposed(weight)[:num_outputs, :num_inputs], None
 
 
-def _product(x: Array, w: Num[Array, "outputs inputs"], num_outputs: int) -> Array:
-    # Cut before the product: the kernel that unpacks leaves out what fills the last tiles, and x need not be padded.
-    w = w[:num_outputs, : x.shape[-1]].astype(x.dtype)
-    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(x: Array, w: Num[Array, "O I"], *, over: int) -> Array:
+    """Over w's axis `over`, w in x's dtype, summed up and left in float32."""
+    contract = (((x.ndim - 1,), (over,)), ((), ()))
+    return lax.dot_general(x, w.astype(x.dtype), contract, preferred_element_type=jnp.float32)
 
 
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -80,7 +80,7 @@ def test_outputs_and_gradients_equal_those_of_one_device(data, tensor, N, K, loc
 
 def test_what_is_laid_out_right_stays_where_it_is(cpu_devices):
     mesh = make_mesh(cpu_devices, 2, 4)
-    layout = sharded.layout(mesh, {"B": B, "N": 8, "K": 1}, batch_axes=("data",), head_axis="tensor")
+    layout = sharded.layout(mesh.shape, {"B": B, "N": 8, "K": 1}, batch_axes=("data",), head_axis="tensor")
     specs = [NamedSharding(mesh, layout.spec(dimensions)) for dimensions in LETTERS]
     compiled = jax.jit(split(mesh), in_shardings=specs).lower(*draw(8, 1)).compile().as_text()
     assert compiled is not None
@@ -89,7 +89,7 @@ def test_what_is_laid_out_right_stays_where_it_is(cpu_devices):
 
 def test_rows_that_do_not_divide_are_replicated(cpu_devices):
     mesh = make_mesh(cpu_devices, 8, 1)
-    layout = sharded.layout(mesh, {"B": 4, "N": 4, "K": 1}, batch_axes=("data", "fsdp"), head_axis="tensor")
+    layout = sharded.layout(mesh.shape, {"B": 4, "N": 4, "K": 1}, batch_axes=("data", "fsdp"), head_axis="tensor")
     assert layout.spec("B T N H") == PartitionSpec(None, None, None, None)
 
 

@@ -14,14 +14,15 @@ from falcon_jax.config import FalconConfig, Rope
 from falcon_jax.errors import ConfigError
 from falcon_jax.model import params as model_params
 from falcon_jax.model.decoder import ForwardOptions
-from falcon_jax.train.data import Split, tokenize_corpus
+from falcon_jax.train.data import tokenize_corpus
 from falcon_jax.train.evaluation import Score, cut_windows, evaluate, lower_ahead
+from falcon_jax.train.shards import Split
 from falcon_jax.train.step import StepOptions, make_eval_step
 from tests import models
 from tests.compilations import count_compilations
 from tests.train import toys
 
-TWO_DOCUMENTS = Split(np.asarray([0, 1, 2, 3, 4, 5, 0, 6, 7], np.uint16), np.asarray([0, 6]), 7)
+TWO_DOCUMENTS = Split.of(np.asarray([0, 1, 2, 3, 4, 5, 0, 6, 7], np.uint16), np.asarray([0, 6]), 7)
 
 
 def targets_of(split: Split, length: int, stride: int) -> list[int]:
@@ -54,7 +55,7 @@ def test_every_token_is_counted_once(sizes: list[int], length: int, data: st.Dat
     stride = data.draw(st.integers(1, length))
     documents = [np.arange(size + 1) + 100 * number for number, size in enumerate(sizes)]
     starts = np.cumsum([0, *map(len, documents[:-1])])
-    split = Split(np.concatenate(documents).astype(np.uint16), starts, 1)
+    split = Split.of(np.concatenate(documents).astype(np.uint16), starts, 1)
     assert targets_of(split, length, stride) == [token for document in documents for token in document[1:].tolist()]
 
 
@@ -111,9 +112,9 @@ def test_padding_does_not_change_the_angles_of_dynamic_rope() -> None:
 def test_what_cannot_be_scored_is_refused(model_config: FalconConfig) -> None:
     params = model_params.abstract(model_config, jnp.float32)
     for split, batch_tokens, message in (
-        (Split(np.asarray([0, 999]), np.asarray([0]), 1), 8, "token 999, and the model has a vocab_size of 296"),
-        (Split(np.asarray([0, 0]), np.asarray([0, 1]), 0), 8, "the text is empty"),
-        (Split(np.zeros(0, np.int32), np.zeros(0, np.int64), 0), 8, "the text is empty"),
+        (Split.of(np.asarray([0, 999]), np.asarray([0]), 1), 8, "token 999, and the model has a vocab_size of 296"),
+        (Split.of(np.asarray([0, 0]), np.asarray([0, 1]), 0), 8, "the text is empty"),
+        (Split.of(np.zeros(0, np.int32), np.zeros(0, np.int64), 0), 8, "the text is empty"),
         (TWO_DOCUMENTS, 0, "batch_tokens is 0"),
     ):
         with pytest.raises(ConfigError, match=message):

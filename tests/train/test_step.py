@@ -14,10 +14,12 @@ from falcon_jax.model import params as model_params
 from falcon_jax.model.decoder import ForwardOptions
 from falcon_jax.train import step as train_step
 from falcon_jax.train.step import StepOptions
+from tests import models
 
 # One for as many tests as it serves: each other one is another compilation.
 OPTIONS = StepOptions(compute_dtype="float32", loss_chunk_tokens=7, z_loss=0.1, ema_decay=0.999)
-DROPPING = dataclasses.replace(OPTIONS, dropout=0.5, num_micro_batches=2)
+# Adam's first updates are signs of gradients, and of rounding where these are next to nothing: a larger epsilon damps it.
+DROPPING = dataclasses.replace(OPTIONS, dropout=0.5, num_micro_batches=2, epsilon=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +99,11 @@ def test_eight_devices_train_as_one_and_drop_the_same(model_config: FalconConfig
     spread, spread_losses = run(model_config, DROPPING, mesh)
     np.testing.assert_allclose(spread_losses, losses, rtol=1e-5)
     query = spread["params"]["layers"][0]["attention"]["query"]["weight"]
-    assert query.sharding.spec[:2] == ("fsdp", "tensor")
+    assert query.sharding.spec[:2] == (("fsdp", "data"), "tensor")
     moments = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.sharding, spread["optimizer"][1].mu))
     assert moments == jax.tree.leaves(jax.tree.map(lambda leaf: leaf.sharding, spread["params"]))
     for one, many in zip(jax.tree.leaves(alone["params"]), jax.tree.leaves(spread["params"]), strict=True):
-        np.testing.assert_allclose(many, one, atol=2e-4)
+        np.testing.assert_allclose(many, one, atol=1e-5)
 
 
 def test_micro_batches_add_up_to_the_whole_batch(model_config: FalconConfig) -> None:
@@ -186,3 +188,39 @@ def test_options_out_of_range_are_refused() -> None:
         StepOptions(dropout=1.0)
     with pytest.raises(ConfigError, match="compute_dtype is 'float8'"):
         StepOptions(compute_dtype="float8")
+
+
+def test_micro_batches_that_are_not_used_change_nothing(model_config: FalconConfig) -> None:
+    """Two of four by number, on the program of four, against the two alone."""
+    four = tokens_of(model_config).reshape(4, 2, 17)
+    states = []
+    for tokens, num_used in ((four, np.int32(2)), (four[:2], None)):
+        state = train_step.init_state(model_config, OPTIONS, seed=1)
+        state, metrics = step_of(model_config, OPTIONS)(state, tokens, np.float32(1e-2), num_used)
+        states.append((state, float(metrics["loss"])))
+    assert states[0][1] == pytest.approx(states[1][1], rel=1e-6)
+    moments = [jax.tree.leaves(state["optimizer"][1].mu) for state, _ in states]
+    for one, other in zip(*moments, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-7)
+
+
+@pytest.mark.parametrize("variant", ["falcon-40b-alibi", "falcon-7b"])
+def test_packed_documents_are_read_as_each_alone(variant: str) -> None:
+    config, separator = models.tiny(variant, num_layers=2), 3
+    params = models.random_params(config)
+    generator = np.random.default_rng(0)
+    sizes = (7, 1, 9)
+    documents = [np.r_[separator, generator.integers(4, config.vocab_size, size - 1)] for size in sizes]
+    options = dataclasses.replace(OPTIONS, separator=separator)
+    packed = np.concatenate([*documents, [separator]]).astype(np.uint16)
+    evaluate = train_step.make_eval_step(config, options, ForwardOptions())
+    nats = np.asarray(evaluate(params, packed[None], np.asarray([len(packed) - 1], np.int32)))[0]
+
+    rows = np.full((3, len(packed)), 5, np.uint16)  # by themselves, each with the next one's separator as last target
+    for row, document in zip(rows, documents, strict=True):
+        row[: len(document) + 1] = [*document, separator]
+    alone = np.asarray(evaluate(params, rows, np.asarray(sizes, np.int32)))
+    expected = np.concatenate([row[:size] for row, size in zip(alone, sizes, strict=True)])
+    np.testing.assert_allclose(nats, expected, atol=1e-5)
+    together = train_step.make_eval_step(config, OPTIONS, ForwardOptions())
+    assert np.abs(together(params, packed[None], np.asarray([17], np.int32))[0] - nats)[8:].max() > 1e-2

@@ -10,8 +10,9 @@ import pytest
 
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import params as model_params
-from falcon_jax.model.decoder import FalconDecoder
 from falcon_jax.model.step import ForwardOptions, Step, spans
+from falcon_jax.train.forward import Forward, row_keys
+from falcon_jax.train.weights import placements
 from tests import models
 
 B, T = 4, 32
@@ -22,25 +23,32 @@ def config_of(variant: str, rate: float) -> FalconConfig:
     return models.tiny(variant, bias=True, hidden_dropout=rate, num_layers=2)
 
 
-def bind(config: FalconConfig) -> FalconDecoder:
+def params_of(config: FalconConfig) -> model_params.Params:
     """All weights are 0 but norms, whose scales are 1, and biases: a block's attention adds 1, and its MLP too."""
     params = {}
     for path, leaf in model_params.flatten(model_params.abstract(config, "float32")).items():
         is_one = path.endswith((".scale", "attention.output.bias", "mlp.down.bias"))
         params[path] = jnp.full(leaf.shape, float(is_one))
-    return model_params.bind(config, model_params.unflatten(params), ForwardOptions())
+    return model_params.unflatten(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden(config: FalconConfig, key: jax.Array | None) -> jax.Array:
-    return bind(config)(jnp.zeros((B, T), jnp.int32), dropout_key=key)[0]
+    """What training computes, [B, T, D]."""
+    run = Forward(config, ForwardOptions(), None, separator=None, splits_sequence=False)
+    params = params_of(config)
+    sinks = jax.tree.map(jnp.zeros_like, params)
+    keys = None if key is None else row_keys(key, jnp.arange(B, dtype=jnp.int32))
+    return run.hidden(params, sinks, placements(params, None), jnp.zeros((B, T), jnp.int32), keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _added(config: FalconConfig, key: jax.Array | None) -> jax.Array:
     step = Step.begin(config, ForwardOptions(), T, *spans(None, B, T, None))
+    keys = None if key is None else row_keys(key, jnp.arange(B, dtype=jnp.int32))
     x = jnp.zeros((B, T, config.width))
-    return bind(config).layers[0](x, dataclasses.replace(step, dropout_key=key), None)[0]
+    block = model_params.bind_block(config, params_of(config)["layers"][0])
+    return block(x, dataclasses.replace(step, dropout_keys=keys), None)[0]
 
 
 def added(config: FalconConfig, key: jax.Array | None) -> np.ndarray:
@@ -77,3 +85,14 @@ def test_layers_and_keys_drop_differently_and_a_key_always_the_same() -> None:
     assert not np.array_equal(first, other)
     # Neither layer, one or both added 4 to an entry; were the masks one, only none and both would be.
     assert len(np.unique(np.round(first[0, 0], 3))) == 3
+
+
+def test_what_a_row_drops_depends_on_no_other_row() -> None:
+    config = config_of(PARALLEL, 0.5)
+    values = added(config, jax.random.key(0))
+    assert not np.array_equal(values[0], values[1])
+    keys = row_keys(jax.random.key(0), jnp.arange(2, 3, dtype=jnp.int32))  # the third row by itself
+    step = Step.begin(config, ForwardOptions(), T, *spans(None, 1, T, None))
+    block = model_params.bind_block(config, params_of(config)["layers"][0])
+    alone, _ = block(jnp.zeros((1, T, config.width)), dataclasses.replace(step, dropout_keys=keys), None)
+    np.testing.assert_array_equal(alone[0], values[2])
