@@ -30,9 +30,12 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional]
     """Folder made by convert_checkpoint.py, Hugging Face folder or hub id, with a tokenizer."""
     texts: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """UTF-8 text files, folders of *.txt, archives with train/ and valid/, or one folder of tokens made by train.py."""
+    """UTF-8 text, JSON lines or parquet files, folders of them, archives with train/ and valid/, Hugging Face data sets
+    (folder or hf:owner/name), or one folder of tokens made by train.py."""
     split: Literal["train", "valid"] | None = None
     """Part of a corpus; without it all of a folder, and the valid split of an archive or of tokens."""
+    text_field: str = "text"
+    """Where JSON lines and rows of a data set have their text."""
     lengths: tuple[int, ...] = (512, 1024, 2048)
     """Tokens of context."""
     stride: int | None = None
@@ -77,7 +80,7 @@ def measure(arguments: Arguments) -> list["Score"]:
     folder = hub.local_folder(arguments.model)
     if not (folder / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{arguments.model} holds no tokenizer.json, without which text means nothing")
-    split = read_texts(arguments.texts, folder, arguments.split)
+    split = read_texts(arguments.texts, folder, arguments.split, arguments.text_field)
     how: dict[str, Any] = {
         "dtype": arguments.dtype,
         "forward": ForwardOptions(attention=arguments.attention, alibi=arguments.alibi),

@@ -1,47 +1,56 @@
+"""Tokenized once into files that no accident leaves half made or changed unnoticed."""
+
+import itertools
+import json
+import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from falcon_jax.errors import ConfigError
 from falcon_jax.tokenizer import Tokenizer
 from falcon_jax.train import data as train_data
-from falcon_jax.train.data import Prefetcher, TrainingOrder, read_texts, tokenize_corpus
+from falcon_jax.train import shards
+from falcon_jax.train.data import read_texts, tokenize_corpus
+from falcon_jax.train.shards import LISTING, Split, Tokens
+from falcon_jax.train.sources import SPLITS, Source
+from falcon_jax.train.vocabulary import END_OF_TEXT
+
+NUM_DOCUMENTS = 30
 
 
-def test_an_epoch_trains_on_each_token_once() -> None:
-    order = TrainingOrder(np.arange(1, 1001, dtype=np.uint16), batch_size=4, length=8, seed=3)
-    assert order.num_windows == 125
-    targets = np.concatenate([order.batch(step)[:, 1:].ravel() for step in range(32)])[: 125 * 8]
-    assert sorted(targets) == list(range(1, 1001))
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The toy corpus, cut into documents of uneven lengths and some more that are short."""
+    text = "".join(path.read_text() for path in sorted((corpus / "train").glob("*.txt")))
+    path = tmp_path_factory.mktemp("lines") / "corpus.jsonl"
+    pieces = [text[37 * number * number // 10 :][: 5 + 11 * (number % 13)] for number in range(NUM_DOCUMENTS)]
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    return path
 
 
-def test_rows_hold_a_stretch_of_the_stream_taken_as_a_ring() -> None:
-    order = TrainingOrder(np.arange(50, dtype=np.uint16), batch_size=5, length=9, seed=0)
-    for step in range(6):
-        batch = order.batch(step)
-        assert batch.shape == (5, 10)
-        np.testing.assert_array_equal(batch, (batch[:, :1] + np.arange(10)) % 50)
+def same(one: dict[str, Split], other: dict[str, Split]) -> bool:
+    return all(
+        np.array_equal(one[split].tokens[:], other[split].tokens[:])
+        and np.array_equal(one[split].starts, other[split].starts)
+        and one[split].num_bytes == other[split].num_bytes
+        for split in SPLITS
+    )
 
 
-def test_batches_depend_on_the_step_and_the_seed_alone() -> None:
-    tokens = np.arange(1000, dtype=np.uint16)
-    first, again = (TrainingOrder(tokens, 4, 16, seed=7) for _ in range(2))
-    backwards = {step: again.batch(step) for step in reversed(range(40))}
-    for step in range(40):
-        np.testing.assert_array_equal(first.batch(step), backwards[step])
-    assert not np.array_equal(first.batch(0), TrainingOrder(tokens, 4, 16, seed=8).batch(0))
-
-
-def test_cuts_fall_elsewhere_in_each_epoch() -> None:
-    order = TrainingOrder(np.arange(1000, dtype=np.uint16), 4, 16)
-    assert set(order.starts(0)) != set(order.starts(1))
-
-
-def test_a_corpus_shorter_than_a_row_is_refused() -> None:
-    with pytest.raises(ConfigError, match="only 10 tokens"):
-        TrainingOrder(np.arange(10, dtype=np.uint16), 1, 16)
+def test_tokens_in_pieces_read_as_one_array() -> None:
+    whole = np.arange(100, dtype=np.uint16)
+    tokens = Tokens(np.split(whole, [30, 31, 77]))
+    for first, end in itertools.product((0, 1, 29, 30, 31, 50, 76, 77, 99, 100), repeat=2):
+        np.testing.assert_array_equal(tokens[first:end], whole[first:end])
+    np.testing.assert_array_equal(
+        tokens.rows(np.asarray([99, 0, 75]), 250), np.add.outer([99, 0, 75], np.arange(250)) % 100
+    )
+    assert (len(tokens), tokens.max(), tokens.dtype) == (100, 99, np.uint16)
 
 
 def test_documents_follow_an_end_of_text_token_and_decode_to_their_files(
@@ -56,39 +65,135 @@ def test_documents_follow_an_end_of_text_token_and_decode_to_their_files(
         assert text.encode() == content
 
 
-def test_an_archive_gives_the_same_tokens_as_its_folder(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "corpus.tar.xz", "w:xz") as archive:
-        archive.add(corpus, "books")
-    packed = tokenize_corpus(tmp_path / "corpus.tar.xz", tokenizer_folder, tmp_path / "a")
-    unpacked = tokenize_corpus(corpus, tokenizer_folder, tmp_path / "b")
-    for split in train_data.SPLITS:
-        np.testing.assert_array_equal(packed[split].tokens, unpacked[split].tokens)
+def test_many_files_hold_what_one_holds(
+    lines: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_data, "_GROUP_DOCUMENTS", 7)
+    monkeypatch.setattr(shards, "_MAX_MAPPED", 2)
+    one = tokenize_corpus(lines, tokenizer_folder, tmp_path / "one", valid_share=0.3)
+    many = tokenize_corpus(lines, tokenizer_folder, tmp_path / "many", valid_share=0.3, shard_tokens=150)
+    assert same(one, many)
+    sizes = [path.stat().st_size // 2 for path in sorted((tmp_path / "many").glob("train-*.tokens"))]
+    assert len(sizes) > 3 and all(size < 150 + 140 for size in sizes)  # no document has 140 tokens
+    assert len(list((tmp_path / "one").glob("*.tokens"))) == 2
+    in_memory = read_texts([lines], tokenizer_folder)
+    assert len(in_memory.starts) == NUM_DOCUMENTS == sum(len(split.starts) for split in many.values())
+    assert in_memory.num_bytes == sum(split.num_bytes for split in many.values())
 
 
 def test_the_corpus_is_tokenized_once_and_its_tokens_can_stand_for_it(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = tokenize_corpus(corpus, tokenizer_folder, tmp_path)
-    monkeypatch.setattr(train_data, "read_documents", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(Source, "documents", lambda *_: pytest.fail("tokenized again"))
     for data in (corpus, tmp_path):
-        np.testing.assert_array_equal(
-            tokenize_corpus(data, tokenizer_folder, tmp_path)["train"].tokens, first["train"].tokens
+        assert same(tokenize_corpus(data, tokenizer_folder, tmp_path), first)
+
+
+def test_another_corpus_in_its_place_is_tokenized_anew(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenize_corpus(corpus, tokenizer_folder, tmp_path / "tokens", shard_tokens=50)
+    for split in SPLITS:
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "a.txt").write_text(f"the {split} text")
+    tokens = tokenize_corpus(tmp_path / "data", tokenizer_folder, tmp_path / "tokens")
+    assert tokens["valid"].num_bytes == len("the valid text")
+    assert len(list((tmp_path / "tokens").iterdir())) == 5  # and the old files are gone
+
+
+class KilledError(BaseException):
+    """Nothing catches it, as nothing catches the end of a process."""
+
+
+def test_a_tokenization_that_is_killed_anywhere_never_counts_and_goes_on_from_its_files(
+    lines: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_data, "_GROUP_DOCUMENTS", 3)
+    how: dict[str, Any] = {"valid_share": 0.3, "shard_tokens": 400}
+    whole = tokenize_corpus(lines, tokenizer_folder, tmp_path / "whole", **how)
+    replace, add = os.replace, shards.TokenWriter.add
+    calls, limit, calls_to_the_end = 0, 0, []
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == limit:
+                raise KilledError
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", counted(replace))
+    monkeypatch.setattr(shards.TokenWriter, "add", counted(add))
+    for moment in itertools.count(1):
+        folder, calls, limit = tmp_path / str(moment), 0, moment
+        try:
+            tokenize_corpus(lines, tokenizer_folder, folder, **how)
+            break
+        except KilledError:
+            assert not shards.is_token_folder(folder)
+        calls, limit = 0, -1
+        assert same(tokenize_corpus(lines, tokenizer_folder, folder, **how), whole)
+        calls_to_the_end.append(calls)
+        assert sorted(path.name for path in folder.iterdir()) == sorted(
+            path.name for path in (tmp_path / "whole").iterdir()
         )
+    assert moment > NUM_DOCUMENTS + 10
+    assert calls_to_the_end[-1] < calls_to_the_end[0] / 4  # files that were whole are not made again
 
 
-def test_tokens_of_another_vocabulary_are_refused(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    tokenize_corpus(corpus, tokenizer_folder, tmp_path / "tokens")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "tokenizer.json").write_text((tokenizer_folder / "tokenizer.json").read_text() + "\n")
-    with pytest.raises(ConfigError, match="another tokenizer"):
-        tokenize_corpus(tmp_path / "tokens", other, tmp_path)
+def test_a_flipped_bit_or_a_lost_byte_is_found_and_named(lines: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenize_corpus(lines, tokenizer_folder, tmp_path, valid_share=0.3, shard_tokens=400)
+    files = sorted([*tmp_path.glob("*.tokens"), *tmp_path.glob("*.starts")])
+    assert len(files) >= 8
+    for number, path in enumerate(files):
+        content = path.read_bytes()
+        bit = 97 * number % (8 * len(content))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(
+            ConfigError, match=f"{path.name} has changed since it was written: delete .* tokenize again"
+        ):
+            tokenize_corpus(tmp_path, tokenizer_folder, tmp_path)
+        found = 0
+        for part in range(3):  # processes that share the work
+            try:
+                tokenize_corpus(tmp_path, tokenizer_folder, tmp_path, check=(part, 3))
+            except ConfigError:
+                found += 1
+        assert found == 1
+        tokenize_corpus(tmp_path, tokenizer_folder, tmp_path, check=None)
+        path.write_bytes(content[:-1])
+        with pytest.raises(ConfigError, match=rf"{path.name} has {len(content) - 1} bytes instead of {len(content)}"):
+            tokenize_corpus(tmp_path, tokenizer_folder, tmp_path, check=None)
+        path.write_bytes(content)
+    files[0].unlink()
+    with pytest.raises(ConfigError, match=f"{files[0].name} is missing"):
+        tokenize_corpus(tmp_path, tokenizer_folder, tmp_path, check=None)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_ids_beyond_16_bits_take_32(vocab_size: int, dtype: type, tmp_path: Path) -> None:
+    words = {END_OF_TEXT: 0, **{f"w{number}": number for number in range(1, vocab_size)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, END_OF_TEXT))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_TEXT}))
+    (tmp_path / "book.txt").write_text(f"w1 w2 w{vocab_size - 1}\n\nw3 w4")
+    tokens = tokenize_corpus(tmp_path / "book.txt", tmp_path, tmp_path / "tokens", valid_share=0.3)
+    assert tokens["train"].tokens.dtype == dtype
+    assert tokens["train"].tokens[:].tolist() == [0, 1, 2, vocab_size - 1]
+    assert tokens["valid"].tokens[:].tolist() == [0, 3, 4]
 
 
 def test_texts_may_be_files_folders_archives_or_tokens(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     made = tokenize_corpus(corpus, tokenizer_folder, tmp_path / "tokens")
     with tarfile.open(tmp_path / "corpus.tar", "w") as archive:
         archive.add(corpus, "books")
+    assert same(tokenize_corpus(tmp_path / "corpus.tar", tokenizer_folder, tmp_path / "again"), made)
+    assert not [path for path in (tmp_path / "again").iterdir() if path.is_dir()]  # it was unpacked there
     files = sorted((corpus / "valid").glob("*.txt"))
     for paths, split in (
         (files, None),
@@ -98,9 +203,7 @@ def test_texts_may_be_files_folders_archives_or_tokens(corpus: Path, tokenizer_f
         ([tmp_path / "tokens"], None),
     ):
         read = read_texts(paths, tokenizer_folder, split)
-        np.testing.assert_array_equal(read.tokens, made["valid"].tokens)
-        np.testing.assert_array_equal(read.starts, made["valid"].starts)
-        assert read.num_bytes == made["valid"].num_bytes
+        assert same({"train": made["train"], "valid": read}, made)
     everything = made["train"].num_bytes + made["valid"].num_bytes
     assert read_texts([corpus], tokenizer_folder).num_bytes == everything
 
@@ -119,30 +222,17 @@ def test_texts_that_are_none_are_refused(corpus: Path, tokenizer_folder: Path, t
             read_texts([tmp_path / name for name in names], tokenizer_folder)
 
 
-def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a folder nor a tar archive"):
-        list(train_data.read_documents(tmp_path / "nowhere", "train"))
-    with pytest.raises(ConfigError, match=r"no train/\*\.txt"):
-        list(train_data.read_documents(tmp_path, "train"))
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"train/a\.txt is not UTF-8"):
-        list(train_data.read_documents(tmp_path, "train"))
-
-
-def test_the_prefetcher_goes_in_order_and_passes_errors_on() -> None:
-    def make(step: int) -> int:
-        if step == 7:
-            raise ValueError("no seven")
-        return step
-
-    with Prefetcher(make, 5) as batches:
-        assert [batches.next(), batches.next()] == [5, 6]
-        with pytest.raises(ValueError, match="no seven"):
-            batches.next()
-
-
-def test_leaving_the_prefetcher_ends_its_thread() -> None:
-    with Prefetcher(lambda step: step, 0) as batches:
-        batches.next()
-    assert not batches._thread.is_alive()
+def test_tokens_that_do_not_fit_are_refused(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokens, other = tmp_path / "tokens", tmp_path / "other"
+    tokenize_corpus(corpus, tokenizer_folder, tokens)
+    other.mkdir()
+    (other / "tokenizer.json").write_text((tokenizer_folder / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        tokenize_corpus(tokens, other, tmp_path)
+    with pytest.raises(ConfigError, match="eos_token is None, which is no special token"):
+        tokenize_corpus(corpus, other, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    for listing, message in (('{"train": {}}', "is of format 1, not 2: tokenize again"), ("{", "is damaged")):
+        (tokens / LISTING).write_text(listing)
+        with pytest.raises(ConfigError, match=message):
+            tokenize_corpus(tokens, tokenizer_folder, tmp_path)

@@ -11,8 +11,8 @@ import numpy as np
 from falcon_jax.config import PRESETS, FalconConfig
 from falcon_jax.model import params as model_params
 from falcon_jax.model.decoder import ForwardOptions
-from falcon_jax.train.data import Split
 from falcon_jax.train.settings import TrainConfig
+from falcon_jax.train.shards import Split
 from falcon_jax.train.step import StepOptions
 from falcon_jax.train.vocabulary import save_tokenizer, train_tokenizer
 
