@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from falcon_jax import checkpoint, sharding
-from falcon_jax.checkpoint import hub, manifest
+from falcon_jax.checkpoint import peft_files
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import RequestError
 from falcon_jax.generate.engine import Engine
@@ -115,6 +115,7 @@ class Falcon:
         *,
         dtype: Any = "bfloat16",
         weights: str = "native",
+        adapter: str | Path | None = None,
         mesh: Mesh | None = None,
         memory_budget: int | str | None = None,
         alibi: str = "float32",
@@ -131,6 +132,8 @@ class Falcon:
           weights: of the blocks' projections: "native", the `dtype`; or "int8" (a scale for each output) or "int4" (a
             scale for 128 inputs), stored so by `convert` or rounded while they are loaded, each to the nearest:
             `convert` with calibration text keeps more of the model's quality.
+          adapter: a folder with low-rank adapters in PEFT's format, as `scripts/train.py --lora` writes them, added to
+            the weights as they are loaded.
           mesh: shards the parameters over it; None: the default device.
           memory_budget: the most that weights and cache may take on a device, in bytes or as in "68GiB".
             Weights and one row of the trained length must fit; requests get what is left.
@@ -152,10 +155,11 @@ class Falcon:
         source = BUNDLED_MODEL if path is None else path
         cache_limit = None
         if memory_budget is not None:
-            cache_limit = _left_for_cache(_read_config(source), dtype, weights, mesh, parse_bytes(memory_budget))
-        config, params, tokenizer_folder = checkpoint.load(
-            source, dtype=dtype, weights=weights, mesh=mesh, verify=verify
-        )
+            cache_limit = _left_for_cache(
+                checkpoint.read_config(source), dtype, weights, mesh, parse_bytes(memory_budget)
+            )
+        load = checkpoint.load if adapter is None else functools.partial(peft_files.load_merged, adapter=adapter)
+        config, params, tokenizer_folder = load(source, dtype=dtype, weights=weights, mesh=mesh, verify=verify)
         return cls(
             config,
             params,
@@ -457,12 +461,6 @@ def parse_bytes(size: int | str) -> int:
     raise ValueError(
         f'memory_budget={size!r} is not a size: give bytes, or a number and a unit as in "68GiB" or "40GB"'
     )
-
-
-def _read_config(source: str | Path) -> FalconConfig:
-    """The configuration of a checkpoint, without its weights."""
-    folder = hub.local_folder(source)
-    return manifest.Manifest.read(folder).config if manifest.is_converted(folder) else FalconConfig.from_hf(folder)
 
 
 def _left_for_cache(config: FalconConfig, dtype: Any, weights: str, mesh: Mesh | None, budget: int) -> int:

@@ -2,7 +2,7 @@
 
 from falcon_jax.checkpoint.convert import convert
 from falcon_jax.checkpoint.export import export
-from falcon_jax.checkpoint.load import LoadedCheckpoint, load
+from falcon_jax.checkpoint.load import LoadedCheckpoint, load, read_config
 from falcon_jax.errors import CheckpointError
 
-__all__ = ["convert", "export", "load", "LoadedCheckpoint", "CheckpointError"]
+__all__ = ["convert", "export", "load", "read_config", "LoadedCheckpoint", "CheckpointError"]

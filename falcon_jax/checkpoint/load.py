@@ -36,6 +36,12 @@ class LoadedCheckpoint(NamedTuple):
     tokenizer_folder: Path | None  # None where the checkpoint has no tokenizer.json
 
 
+def read_config(source: str | os.PathLike[str]) -> FalconConfig:
+    """The configuration of a checkpoint, without its weights. Raises: as `load`."""
+    folder = hub.local_folder(source)
+    return Manifest.read(folder).config if is_converted(folder) else FalconConfig.from_hf(folder)
+
+
 def load(
     source: str | os.PathLike[str],
     *,

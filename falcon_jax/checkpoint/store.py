@@ -9,6 +9,7 @@ whoever reads compares it.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -146,6 +147,7 @@ class TrainCheckpoints:
         leaves = _named_leaves(state)
         arrays = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in leaves.items()}
         about = {"metadata": dict(metadata or {}), "arrays": _describe(arrays)}
+        about["sha256"] = _digest(about)
         if step in self.all_steps():
             raise CheckpointError(f"{self._folder} has a checkpoint of step {step} already")
         request = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), about=ocp.args.JsonSave(about))
@@ -169,16 +171,9 @@ class TrainCheckpoints:
         Raises:
           CheckpointError: there is none, it holds another state than that, or its bits have changed.
         """
-        step = self.latest_step() if step is None else step
-        if step is None or step not in self.all_steps():
-            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise CheckpointError(f"{self._folder} holds {wanted}; there are {self.all_steps() or 'none'}")
-        where = f"{self._folder / str(step)}"
-        try:
-            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-            stored = about["arrays"]
-        except Exception as error:  # orbax and json raise many types for damaged files
-            raise CheckpointError(f"{where}: cannot read its description: {_first_line(error)}") from error
+        step = self._existing(step)
+        where, about = str(self._folder / str(step)), self._about(step)
+        stored = about["arrays"]
         targets = {name: _target(leaf) for name, leaf in _named_leaves(abstract_state).items()}
         _compare_states(where, targets, stored)
         arguments = {name: _restore_args(target) for name, target in targets.items()}
@@ -192,6 +187,35 @@ class TrainCheckpoints:
                 raise CheckpointError(f"{where}: {name} has changed since it was saved: restore an earlier step")
         leaves = [restored[name] for name in targets]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), about["metadata"]
+
+    def metadata(self, *, step: int | None = None) -> dict[str, Any]:
+        """The metadata saved with checkpoint `step` (the latest if None), without reading its state.
+
+        Raises:
+          CheckpointError: there is none, or its description cannot be read.
+        """
+        return self._about(self._existing(step))["metadata"]
+
+    def _existing(self, step: int | None) -> int:
+        step = self.latest_step() if step is None else step
+        if step is None or step not in self.all_steps():
+            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise CheckpointError(f"{self._folder} holds {wanted}; there are {self.all_steps() or 'none'}")
+        return step
+
+    def _about(self, step: int) -> dict[str, Any]:
+        """Keys "metadata" and, for each array, shape, dtype and checksum under "arrays"."""
+        try:
+            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            recorded = about.pop("sha256")
+        except Exception as error:  # orbax and json raise many types for damaged files
+            where = self._folder / str(step)
+            raise CheckpointError(f"{where}: cannot read its description: {_first_line(error)}") from error
+        if _digest(about) != recorded:
+            raise CheckpointError(
+                f"{self._folder / str(step)}: its description has changed since it was saved: restore an earlier step"
+            )
+        return about
 
     def wait(self) -> None:
         """Returns when every save so far is on disk."""
@@ -232,17 +256,14 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
 def _describe(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    started = {}
-    for name, array in arrays.items():
-        host = isinstance(array, np.ndarray)
-        started[name] = checksum.host_checksum(array) if host else checksum.start_checksum(array)
+    texts = checksum.checksums(arrays)
     return {
-        name: {
-            "shape": list(array.shape),
-            "dtype": np.dtype(array.dtype).name,
-            "checksum": checksum.finish_checksum(started[name]),
-        }
+        name: {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name, "checksum": texts[name]}
         for name, array in arrays.items()
     }
 
