@@ -1,36 +1,36 @@
 """The training run: steps, validation, checkpoints and the final model, resumable at any step.
 
-Owns time and files; the arithmetic is in step.py. The device is never waited for between checkpoints: losses are read
-one logging interval late, when they have long been computed. The one trap: everything that a later step depends on must
-be in the checkpoint or a function of the step number, or a resumed run would differ.
+Owns time and the order of things; the arithmetic is in step.py, what is written in reporting.py and saving.py. The
+device is never waited for between checkpoints. The one trap: with several processes each runs this same code, and what
+only one of them knows (its clock, a signal) may decide nothing before all know it (processes.py).
 """
 
 import contextlib
 import dataclasses
 import math
-import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from falcon_jax import sharding
-from falcon_jax.checkpoint.store import TrainCheckpoints
 from falcon_jax.errors import ConfigError
 from falcon_jax.model import params as model_params
-from falcon_jax.model.decoder import ForwardOptions
 from falcon_jax.tokenizer import Tokenizer
 from falcon_jax.train import data as train_data
-from falcon_jax.train import evaluation
+from falcon_jax.train import evaluation, processes, trainee
 from falcon_jax.train import schedule as train_schedule
-from falcon_jax.train import step as train_step
-from falcon_jax.train.final import write_model
-from falcon_jax.train.metrics import MetricsFile, Stopwatch, bits_per_byte
+from falcon_jax.train.batches import Batches, place_rows
+from falcon_jax.train.metrics import bits_per_byte, require_tensorboard
+from falcon_jax.train.reporting import Reporter
+from falcon_jax.train.saving import Progress, RunCheckpoints
 from falcon_jax.train.settings import TrainConfig, check_same_run
+from falcon_jax.train.shards import Split
+from falcon_jax.train.step import State
 
 
 class NotFiniteError(ArithmeticError):
@@ -54,56 +54,45 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         """Loads or makes the tokens, and the state: fresh, or from the newest checkpoint in `config.output`.
 
-        Raises: ConfigError where settings, corpus, tokenizer and the run found in `output` do not fit each other.
+        Raises: ConfigError where settings, corpus, tokenizer, devices and the run found in `output` do not fit each
+        other.
         """
         self._began = time.monotonic()
         self.config = config
         self.model_config = config.model_config()
-        num_entries = Tokenizer.from_folder(config.tokenizer).vocab_size
+        num_entries = Tokenizer.from_folder(config.tokenizer_folder).vocab_size
         if num_entries > self.model_config.vocab_size:
             raise ConfigError(
-                f"{config.tokenizer} has {num_entries} entries, and the model a vocab_size of only "
+                f"{config.tokenizer_folder} has {num_entries} entries, and the model a vocab_size of only "
                 f"{self.model_config.vocab_size}"
             )
-        corpus = train_data.tokenize_corpus(config.data, config.tokenizer, config.output / "tokens")
-        self.order = train_data.TrainingOrder(corpus["train"].tokens, config.batch_size, config.length, config.seed)
+        if config.tensorboard:
+            require_tensorboard()
+        self.mesh = make_mesh(config)
+        corpus = processes.main_first(lambda: prepare_output(config))
         self._valid = corpus["valid"]
-        config.output.mkdir(parents=True, exist_ok=True)
-        check_same_run(config, config.output / "run.json")
+        self._batches = Batches(
+            corpus["train"].tokens, config.ramp, config.step.num_micro_batches, config.seed, self.mesh
+        )
+        self._trainee = trainee.of_run(config, self.mesh)
+        self._evaluate = processes.everywhere(self._trainee.evaluate, self.mesh)
 
-        shape = (config.data_parallel, config.fsdp, config.tensor)
-        if math.prod(shape) > jax.device_count():
-            raise ConfigError(
-                f"data_parallel * fsdp * tensor is {math.prod(shape)}, and there are only {jax.device_count()} devices"
-            )
-        self.mesh = None if math.prod(shape) == 1 else sharding.make_mesh(*shape)
-        forward = ForwardOptions(attention=config.attention, remat=config.remat)
-        self._step_function = train_step.make_train_step(self.model_config, config.step, forward, self.mesh)
-        self._eval_function = train_step.make_eval_step(self.model_config, config.step, forward, self.mesh)
-
-        self.total_steps = config.steps
+        self.total_steps = config.total_steps
         self._spent_s = 0.0  # by earlier processes of this run
-        self._best_nats, self._best_step = math.inf, -1
-        self._checkpoints = TrainCheckpoints(config.output / "checkpoints")
-        self._best = TrainCheckpoints(config.output / "best", max_to_keep=1)
+        self._validated_step = -1
+        self._kept = RunCheckpoints(config.output)
         self.step = 0
         self.state = self._start()
 
-    def _start(self) -> train_step.State:
-        config, newest = self.config, self._checkpoints.latest_step()
-        if newest is None:
-            return train_step.init_state(self.model_config, config.step, config.seed, self.mesh)
-        abstract = train_step.abstract_state(self.model_config, config.step, self.mesh)
-        state, progress = self._checkpoints.restore(abstract)
-        self.step = newest
-        self._spent_s = progress["spent_s"]
+    def _start(self) -> State:
+        config = self.config
+        found = self._kept.restore(self._trainee.abstract_state())
+        if found is None:
+            return self._trainee.init_state()
+        self.step, state, progress = found
+        self._spent_s, self._validated_step = progress.spent_s, progress.validated_step
         if config.time_budget_s is not None:
-            self.total_steps = progress["total_steps"]
-        best_step = self._best.latest_step()
-        if best_step is not None:
-            # Asked of the weights themselves: a lost process may have kept better ones after its last checkpoint.
-            _, best = self._best.restore(abstract["params"])
-            self._best_nats, self._best_step = best["nats"], best_step
+            self.total_steps = progress.total_steps
         return state
 
     def elapsed_s(self) -> float:
@@ -111,59 +100,77 @@ class Trainer:
         return self._spent_s + time.monotonic() - self._began
 
     def run(self) -> Result:
-        """Trains to the end, to `max_seconds`, or to a SIGTERM or SIGINT.
+        """Trains to the end, to `max_seconds`, or to a SIGTERM or SIGINT, in any of the processes.
 
-        Raises: NotFiniteError at a loss or gradient that is not finite.
+        Raises: NotFiniteError at a loss or gradient that is not finite; its batch lies in `output` then.
         """
-        self._first_step = first = self.step
+        self._first_step = self.step
         self._paused_s = 0.0
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        agreement = processes.Agreement()
+        self._reporter = Reporter(self.config, self.model_config, self._batches, self.step, self.total_steps)
         with (
-            contextlib.ExitStack() as stack,
-            _signals() as stopping,
-            train_data.Prefetcher(self._placed_batch, first) as batches,
-            tqdm(
-                total=self.total_steps,
-                initial=first,
-                unit="step",
-                desc="training",
-                mininterval=_bar_interval_s(),
-            ) as bar,
+            contextlib.closing(self._kept),
+            contextlib.closing(self._reporter),
+            processes.signals() as stopping,
+            self._batches.stream(self.step) as batches,
         ):
-            self._bar, self._metrics = bar, MetricsFile(self.config.output / "metrics.jsonl", first)
-            stack.callback(self._metrics.close)
-            stack.callback(self._best.close)
-            stack.callback(self._checkpoints.close)
-            self._pending: list[tuple[int, train_step.Metrics]] = []
-            self._logged_step, self._stopwatch = first, Stopwatch()
-            self._timed_step, self._tokens_per_s = first, 0.0
-            self._saved_step, self._saved_at = first, time.monotonic()
-            while self.total_steps is None or self.step < self.total_steps:
-                self._advance(batches)
-                is_out_of_time = (
-                    self.config.max_seconds is not None and time.monotonic() - self._began >= self.config.max_seconds
-                )
-                if stopping.is_set() or is_out_of_time:
-                    self._settle_pending()
-                    self._save()
-                    return self._result(is_complete=False, was_signalled=stopping.is_set())
-            self._settle_pending()
-            if self._best_step < 0 or self.step % self.config.validate_every:
-                self._validate()
-            self._save()
-            self._export()
-            return self._result(is_complete=True, was_signalled=False)
+            if self.config.base is not None and self._validated_step < 0:
+                self._validate()  # how good it was before
+            result = self._train(batches, agreement, stopping)
+        # What is being written is on disk: a process that ends sooner could have the others killed before that.
+        processes.wait_for_all("the run has ended")
+        return result
+
+    def _train(
+        self, batches: Iterator[tuple[Any, ...]], agreement: processes.Agreement, stopping: threading.Event
+    ) -> Result:
+        while self.total_steps is None or self.step < self.total_steps:
+            self._advance(batches)
+            was_signalled, is_out_of_time, is_late = agreement.ask(
+                stopping.is_set(), self._is_out_of_time(), self._is_checkpoint_late()
+            )
+            is_stopping = was_signalled or is_out_of_time
+            is_late = is_late and self.step - self._saved_step > agreement.lag  # asked before the last one
+            if is_stopping or is_late or self.step % self.config.checkpoint_every == 0:
+                self._save()
+            if is_stopping:
+                if not was_signalled:  # then there may be no time
+                    self._reporter.draw()
+                return self._result(is_complete=False, was_signalled=was_signalled)
+        self._settle_pending()
+        if self._validated_step < self.step:
+            self._validate()
+        self._save()
+        self._export()
+        self._reporter.draw()
+        return self._result(is_complete=True, was_signalled=False)
 
     def _result(self, *, is_complete: bool, was_signalled: bool) -> Result:
-        best = bits_per_byte(self._best_nats, self._valid.num_bytes) if self._best_step >= 0 else math.nan
-        return Result(self.step, is_complete, was_signalled, best, self._best_step)
+        best_step = self._kept.best_step
+        best = bits_per_byte(self._kept.best_nats, self._valid.num_bytes) if best_step >= 0 else math.nan
+        return Result(self.step, is_complete, was_signalled, best, best_step)
 
-    def _advance(self, batches: train_data.Prefetcher) -> None:
-        """One step, and what is due after it."""
+    def _is_out_of_time(self) -> bool:
+        limit_s = self.config.max_seconds
+        return limit_s is not None and time.monotonic() - self._began >= limit_s
+
+    def _is_checkpoint_late(self) -> bool:
+        limit_s = self.config.checkpoint_every_s
+        return limit_s is not None and time.monotonic() - self._saved_at >= limit_s
+
+    def _advance(self, batches: Iterator[tuple[Any, ...]]) -> None:
+        """One step, and what is due after it but a checkpoint."""
         config = self.config
-        rate = np.float32(config.schedule().rate(self.step, self.total_steps))
-        self.state, metrics = self._step_function(self.state, batches.next(), rate)
+        tokens, *num_used = next(batches)
+        rate = np.float32(config.rate(self.step, self.total_steps))
+        began = time.monotonic()
+        self.state, metrics = self._trainee.step(self.state, tokens, rate, *num_used)
         self.step += 1
-        self._pending.append((self.step, metrics))
+        self._reporter.add(self.step, metrics)
+        if self.step == self._first_step + 1:
+            jax.block_until_ready(metrics)
+            self._reporter.first_step_done(time.monotonic() - began)
         if self.step % config.log_every == 0:
             # All but this interval: waiting for the newest would leave the device idle.
             self._report(self.step - config.log_every)
@@ -171,57 +178,22 @@ class Trainer:
             self._choose_total_steps()
         if self.step % config.validate_every == 0:
             self._validate()
-        is_late = config.checkpoint_every_s is not None and (
-            time.monotonic() - self._saved_at >= config.checkpoint_every_s
-        )
-        if self.step % config.checkpoint_every == 0 or is_late:
-            self._save()
-
-    def _placed_batch(self, step: int) -> jax.Array:
-        return self._place(self.order.batch(step))
-
-    def _place(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(rows, None if self.mesh is None else sharding.batch_sharding(rows.shape, self.mesh))
-
-    # Reports.
 
     def _report(self, up_to: int) -> None:
-        """Reads and writes the metrics of the steps up to `up_to` (0: nothing is old enough yet)."""
-        ready = [(step, metrics) for step, metrics in self._pending if step <= up_to]
-        if not ready:
-            return
-        self._pending = self._pending[len(ready) :]
-        values = jax.device_get([metrics for _, metrics in ready])
-        last, step = values[-1], ready[-1][0]
-        bad = int(last["first_bad_step"])
-        if bad >= 0:
+        bad = self._reporter.report(up_to, self.step, self.total_steps, self.elapsed_s())
+        if bad is not None:
             raise NotFiniteError(
-                f"the loss or its gradient was not finite at step {bad}; lower --learning-rate (now "
-                f"{self.config.learning_rate}) or lengthen --warmup-steps, and run again from the last "
-                "checkpoint"
+                f"the loss or its gradient was not finite at step {bad}, whose batch lies in "
+                f"{self._save_batch(bad)}; lower --learning-rate (now {self.config.learning_rate}) or lengthen the "
+                "warm-up, and run again from the last checkpoint"
             )
-        if self.step > self._timed_step:
-            # Of the steps handed to the device since the last report, which keeps pace with them; the steps reported
-            # here are older, and of those it is not known when they ended.
-            num_tokens = (self.step - self._timed_step) * self.config.batch_size * self.config.length
-            self._tokens_per_s = num_tokens / self._stopwatch.read_s()
-            self._timed_step = self.step
-        loss = float(np.mean([value["loss"] for value in values]))
-        rate = self.config.schedule().rate(step - 1, self.total_steps)
-        self._metrics.write(
-            "train",
-            step,
-            loss=loss,
-            z_loss=float(last["z_loss"]),
-            grad_norm=float(last["grad_norm"]),
-            learning_rate=rate,
-            tokens_per_s=round(self._tokens_per_s),
-            epoch=step * self.config.batch_size / self.order.num_windows,
-            elapsed_s=round(self.elapsed_s(), 2),
-        )
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {self._tokens_per_s:,.0f} tokens/s, lr {rate:.2e}", refresh=False)
-        self._bar.update(step - self._logged_step)
-        self._logged_step = step
+
+    def _save_batch(self, step: int) -> Path:
+        """Writes the tokens of a step, made again from its number, and its rate."""
+        path = self.config.output / f"not-finite-step-{step}.npz"
+        if processes.is_main():
+            self._batches.save(step, path, learning_rate=self.config.rate(step, self.total_steps))
+        return path
 
     def _settle_pending(self) -> None:
         """Waits for the device and reports all steps so far, so that what follows is not counted as training."""
@@ -236,27 +208,26 @@ class Trainer:
         began = time.monotonic()
         weights = self.state.get("ema", self.state["params"])
         nats = self.validation_nats(weights)
-        bits = bits_per_byte(nats, self._valid.num_bytes)
-        num_targets = len(self._valid.tokens) - len(self._valid.starts)
         if not math.isfinite(nats):
             raise NotFiniteError(f"the validation loss is not finite after step {self.step}")
-        if nats < self._best_nats:
-            self._best_nats, self._best_step = nats, self.step
-            self._best.save(self.step, weights, {"nats": nats})
+        is_best = self._kept.offer(self.step, weights, nats)
+        self._validated_step = self.step
         seconds = time.monotonic() - began
-        self._metrics.write(
+        nats_per_token = nats / (len(self._valid.tokens) - len(self._valid.starts))
+        bits = bits_per_byte(nats, self._valid.num_bytes)
+        self._reporter.write(
             "valid",
             self.step,
-            nats_per_token=nats / num_targets,
+            nats_per_token=nats_per_token,
             bits_per_byte=bits,
-            is_best=self._best_step == self.step,
+            is_best=is_best,
+            tokens=self.config.ramp.tokens_before(self.step),
             seconds=round(seconds, 2),
             elapsed_s=round(self.elapsed_s(), 2),
         )
-        self._bar.write(
-            f"step {self.step}: validation {nats / num_targets:.4f} nats a token, {bits:.4f} bits a byte"
-            + (" (best)" if self._best_step == self.step else ""),
-            file=sys.stderr,
+        best = " (best)" if is_best else ""
+        self._reporter.say(
+            f"step {self.step}: validation {nats_per_token:.4f} nats a token, {bits:.4f} bits a byte{best}"
         )
         self._pause(seconds)
         return seconds
@@ -265,23 +236,24 @@ class Trainer:
         """Total nats of the validation split; each token in one window, which does not overlap others."""
         windows = evaluation.cut_windows(self._valid, self.config.length)
         rows = self.config.batch_size // self.config.step.num_micro_batches
-        return evaluation.total_nats(self._eval_function, params, windows, rows, place=self._place)
+        return evaluation.total_nats(
+            self._evaluate, params, windows, rows, place=lambda rows: place_rows(rows, self.mesh)
+        )
 
     def _save(self) -> float:
         """A checkpoint of this step, once. Returns the seconds that training stood still."""
+        self._settle_pending()  # also keeps a state that is not finite from being saved
         if self.step == self._saved_step:
             return 0.0
-        self._settle_pending()  # also keeps a state that is not finite from being saved
         began = time.monotonic()
-        progress = {"total_steps": self.total_steps, "spent_s": self.elapsed_s()}
-        self._checkpoints.save(self.step, self.state, progress)
+        self._kept.save(self.step, self.state, Progress(self.total_steps, self.elapsed_s(), self._validated_step))
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self._pause(self._saved_at - began)
         return self._saved_at - began
 
     def _pause(self, seconds: float) -> None:
         """Keeps time that was not training out of the reported and the measured speed."""
-        self._stopwatch.add_pause(seconds)
+        self._reporter.pause(seconds)
         self._paused_s += seconds
 
     # A time budget.
@@ -292,54 +264,58 @@ class Trainer:
         if config.time_budget_s is None:
             return
         # Once past warm-up, where its rates no longer tell; at least 10 steps, also where a run resumes late.
-        start = max(config.warmup_steps // 2, self._first_step + 5)
+        start = max(config.num_warmup_steps // 2, self._first_step + 5)
         if self.step == start:
             self._settle_pending()
             self._measured_from_s, self._paused_s = time.monotonic(), 0.0
-        if self.step < max(config.warmup_steps, start + 5):
+        if self.step < max(config.num_warmup_steps, start + 5):
             return
         self._settle_pending()
         step_s = (time.monotonic() - self._measured_from_s - self._paused_s) / (self.step - start)
         self._validate()  # the first one compiles
         validation_s, checkpoint_s = self._validate(), self._save()
-        pauses = [(validation_s, config.validate_every), (checkpoint_s, config.checkpoint_every)]
         remaining_s = config.time_budget_s - self.elapsed_s()
+        remaining_s, step_s, validation_s, checkpoint_s = processes.as_main(
+            (remaining_s, step_s, validation_s, checkpoint_s)
+        )
+        pauses = [(validation_s, config.validate_every), (checkpoint_s, config.checkpoint_every)]
         self.total_steps = self.step + train_schedule.steps_in_budget(remaining_s, step_s, pauses)
-        self._bar.total = self.total_steps
-        self._bar.refresh()
-        message = f"step {self.step}: {step_s * 1e3:.1f} ms a step, so {self.total_steps} steps in the budget"
-        self._bar.write(message, file=sys.stderr)
+        self._reporter.set_total(self.total_steps)
+        self._reporter.say(f"step {self.step}: {step_s * 1e3:.1f} ms a step, so {self.total_steps} steps in the budget")
 
     def _export(self) -> None:
-        """Writes the best weights as a Hugging Face folder with the tokenizer, replacing an earlier one."""
-        self._best.wait()
-        abstract = train_step.abstract_state(self.model_config, self.config.step, self.mesh)
-        params, _ = self._best.restore(abstract["params"])
-        write_model(self.model_config, params, self.config.output / "model", self.config.tokenizer)
+        """Writes the best weights, in place of those of an earlier run in this folder."""
+        best = self._kept.best_weights(self._trainee.abstract_state()["params"])
+        self._trainee.export(best, self.config.output)
 
 
-def _bar_interval_s() -> float:
-    """A terminal redraws one line; a log file gets a line each time."""
-    return 0.5 if sys.stderr.isatty() else 10.0
+def prepare_output(config: TrainConfig) -> dict[str, Split]:
+    """The run's tokens, made if they are not there, in a folder that is this run's. Needs no accelerator.
+
+    Raises: ConfigError where the corpus cannot be read, or the folder holds another run.
+    """
+    splits = train_data.tokenize_corpus(
+        config.data,
+        config.tokenizer_folder,
+        config.output / "tokens",
+        text_field=config.text_field,
+        valid_share=config.valid_share,
+        check=(jax.process_index(), jax.process_count()),
+    )
+    config.output.mkdir(parents=True, exist_ok=True)
+    check_same_run(config, config.output / "run.json")
+    return splits
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turns the first SIGTERM or SIGINT into an event; a second one acts as it did before."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping  # only the main thread may handle signals
-        return
-    former = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def make_mesh(config: TrainConfig) -> jax.sharding.Mesh | None:
+    """None where one device trains alone.
 
-    def stop(number: int, _: object) -> None:
-        stopping.set()
-        signal.signal(number, former[number])
-
-    for number in former:
-        signal.signal(number, stop)
-    try:
-        yield stopping
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    Raises: ConfigError where there are fewer devices, or other processes' devices would have nothing to do.
+    """
+    shape = (config.data_parallel, config.fsdp, config.tensor, config.stage)
+    product, count = f"data_parallel * fsdp * tensor * stage is {config.num_devices}", jax.device_count()
+    if config.num_devices > count:
+        raise ConfigError(f"{product}, and there are only {count} devices")
+    if jax.process_count() > 1 and config.num_devices < count:
+        raise ConfigError(f"{product}, and the {jax.process_count()} processes have {count} devices: use them all")
+    return None if config.num_devices == 1 else sharding.make_mesh(*shape)

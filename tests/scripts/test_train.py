@@ -1,14 +1,22 @@
 """scripts/train.py and scripts/train_tokenizer.py from the command line: exit codes, one line for what is wrong."""
 
 import json
+import re
+import shlex
+import typing
 from pathlib import Path
 
+import jax
 import pytest
+import yaml
 
 from falcon_jax.checkpoint import load
 from falcon_jax.tokenizer import Tokenizer
+from falcon_jax.train.recipes import RECIPES
 from tests import commands
 from tests.train import toys
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +63,7 @@ def train(call, tmp_path, corpus, tokenizer_folder):
     def run(**changes: object) -> tuple[int, str, str]:
         settings["--compilation-cache"] = "off"  # a cache would stay switched on in this process
         chosen = settings | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-        return call("train", *(part for pair in chosen.items() for part in pair))
+        return call("train", *(part for pair in chosen.items() for part in pair if part is not None))
 
     return run
 
@@ -90,7 +98,7 @@ def test_a_signal_is_exit_code_3_with_a_checkpoint(train, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data": "/no/such/folder"}, "'/no/such/folder' is neither a folder nor a tar archive"),
+        ({"data": "/no/such/folder"}, "/no/such/folder does not exist; give a text file, a folder, a tar archive"),
         ({"model": "falcon-9"}, "model 'falcon-9' is neither a file nor one of"),
         ({"tokenizer": "/no/such/folder"}, "/no/such/folder/tokenizer.json does not exist"),
         ({"length": 1_000_000}, "length is 1000000, but the train split has only"),
@@ -101,8 +109,8 @@ def test_a_signal_is_exit_code_3_with_a_checkpoint(train, tmp_path, monkeypatch)
 def test_what_cannot_be_trained_is_one_line_and_code_2(train, changes, said):
     code, out, errors = train(**changes)
     assert (code, out) == (2, "")
-    # The progress bar may have begun.
-    [line] = [line for line in errors.splitlines() if line and not line.startswith("training:")]
+    # Progress bars may have begun.
+    [line] = [line for line in errors.splitlines() if line and not line.startswith(("tokenizing:", "training:"))]
     assert line.startswith("train: ") and said in line
 
 
@@ -110,7 +118,7 @@ def test_what_cannot_be_trained_is_one_line_and_code_2(train, changes, said):
     ("changes", "said"),
     [
         ({"steps": 0}, "steps is 0"),
-        ({"time_budget_s": 5}, "give one of the two"),
+        ({"time_budget_s": 5}, "give one of the three"),
         ({"batch_size": 6, "num_micro_batches": 4}, "must divide it"),
         ({"dropout": 1}, "dropout is 1"),
         ({"compute_dtype": "float8"}, "compute_dtype is 'float8'"),
@@ -120,6 +128,86 @@ def test_values_out_of_range_are_refused_as_unknown_options_are(train, changes, 
     code, out, errors = train(**changes)
     assert (code, out) == (2, "")
     assert said in " ".join(errors.replace("│", " ").split())  # tyro draws a box around it
+
+
+def test_tokens_can_be_made_before_the_run(train, tmp_path):
+    code, out, _ = train(tokenize_only=None, tensor=64)  # more devices than there are
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 'run' / 'tokens'}: tokens, ") and " to train, " in out and " to valid" in out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json", "tokens"]
+    code, _, errors = train()
+    assert code == 0 and "tokenizing" not in errors
+
+
+@pytest.mark.parametrize("equals", [True, False])
+def test_a_recipe_stands_where_no_option_says_otherwise(equals):
+    recipe = ["--recipe=falcon-7b"] if equals else ["--recipe", "falcon-7b"]
+    parse = commands.load_script("train").parse
+    plain = parse(["--data", "d", "--output", "o", *recipe]).run
+    assert (plain.model, plain.tokens, plain.batch_size, plain.step.weight_decay) == (
+        "falcon-7b",
+        15 * 10**11,
+        2304,
+        0.1,
+    )
+    assert plain.learning_rate * plain.min_rate_ratio == pytest.approx(1.2e-5)
+    words = ["--batch-size", "24", "--steps=70", "--warmup_steps", "5", "--data-parallel", "2", "--stage", "1"]
+    changed = parse(["--data", "d", "--output", "o", *words, *recipe]).run
+    assert (changed.batch_size, changed.data_parallel, changed.stage, changed.length) == (24, 2, 1, 2048)
+    assert (changed.steps, changed.tokens, changed.warmup_steps, changed.warmup_tokens) == (70, None, 5, None)
+    assert (changed.learning_rate, changed.ramp_tokens, changed.ramp.start_rows) == (6e-4, 30 * 10**9, 2)
+
+
+def options_of_sbatch() -> tuple[list[str], int]:
+    text = (EXAMPLES / "train.sbatch").read_text()
+    command = re.search(r"^srun .*?scripts/train.py(.*?)^code=", text, re.DOTALL | re.MULTILINE)
+    assert command is not None
+    nodes, gpus = (
+        int(*re.findall(rf"^#SBATCH --{name}=(\d+)$", text, re.MULTILINE)) for name in ("nodes", "gpus-per-node")
+    )
+    return shlex.split(command[1].replace("\\\n", " ")), nodes * gpus
+
+
+def options_of_jobset() -> tuple[list[str], int]:
+    *_, jobset = yaml.safe_load_all((EXAMPLES / "train-jobset.yaml").read_text())
+    [workers] = jobset["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    [container] = job["template"]["spec"]["containers"]
+    python, script, *options = container["command"]
+    assert (python, script, job["completions"]) == ("python", "scripts/train.py", job["parallelism"])
+    return options, job["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
+
+
+@pytest.mark.parametrize("read", [options_of_sbatch, options_of_jobset])
+def test_the_examples_are_runs_on_all_the_gpus_they_ask_for(read):
+    options, num_gpus = read()
+    arguments = commands.load_script("train").parse(options)
+    assert arguments.distributed
+    assert arguments.run.num_devices == num_gpus
+    assert (arguments.run.tokens or 0) >= 10**12
+
+
+def test_the_recipes_are_named_in_the_options():
+    choices = typing.get_args(typing.get_type_hints(commands.load_script("train").Arguments)["recipe"])
+    assert typing.get_args(choices[0]) == tuple(RECIPES)
+
+
+def test_processes_join_before_anything_else_or_say_why_not(train, monkeypatch):
+    calls = []
+
+    def initialize() -> None:
+        calls.append(jax.config.jax_enable_preemption_service)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    before = jax.config.jax_enable_preemption_service
+    try:
+        code, out, errors = train(distributed=None)
+    finally:
+        jax.config.update("jax_enable_preemption_service", before)
+    assert (code, out, calls) == (2, "", [False])
+    assert errors.startswith("train: --distributed: coordinator_address should be defined.: start one process")
+    assert errors.count("\n") == 1
 
 
 def test_another_run_in_the_output_folder_is_left_alone(train, tmp_path):
@@ -146,7 +234,7 @@ def test_a_vocabulary_is_learned_and_measured(call, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"--data": "/no/such/folder"}, "neither a folder nor a tar archive"),
+        ({"--data": "/no/such/folder"}, "/no/such/folder does not exist"),
         ({"--vocab-size": 100}, "vocab_size is 100"),
         ({"--vocab-size": 100_000}, "the texts give only"),
     ],

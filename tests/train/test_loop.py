@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -16,11 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from falcon_jax.checkpoint import load
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import ConfigError
+from falcon_jax.falcon import Falcon
 from falcon_jax.model import params as model_params
 from falcon_jax.model.decoder import ForwardOptions
+from falcon_jax.train import flops
 from falcon_jax.train.final import write_model
 from falcon_jax.train.loop import NotFiniteError, Trainer
 from falcon_jax.train.settings import TrainConfig
+from falcon_jax.train.step import StepOptions
 from tests.train import toys
 
 
@@ -43,6 +47,55 @@ def test_a_run_learns_and_reports_bits_per_byte(train_config: TrainConfig, model
     assert last["bits_per_byte"] == pytest.approx(nats / math.log(2) / split.num_bytes, rel=1e-5)
     assert last["nats_per_token"] == pytest.approx(nats / (len(split.tokens) - len(split.starts)), rel=1e-5)
     assert result.bits_per_byte == min(record["bits_per_byte"] for record in records(train_config, "valid"))
+
+
+def test_a_run_in_tokens_ramps_its_batch_without_compiling_again_and_says_what_it_does(
+    train_config: TrainConfig, model_config: FalconConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = dataclasses.replace(train_config.step, num_micro_batches=4)
+    config = dataclasses.replace(
+        train_config,
+        steps=None,
+        tokens=2500,
+        warmup_tokens=500,
+        ramp_tokens=1000,
+        log_every=1,
+        step=step,
+        tensorboard=True,
+    )
+    monkeypatch.setattr("falcon_jax.train.reporting._peak_flops", lambda _: 1e9)
+    trainer = Trainer(config)
+    result = trainer.run()
+    assert trainer._trainee.step._cache_size() == 1  # type: ignore[attr-defined]
+    lines = records(config, "train")
+    rows = [line["batch_rows"] for line in lines]
+    assert rows[0] == 2 and rows[-1] == 8 and set(rows) == {2, 4, 6, 8}
+    assert [line["tokens"] for line in lines] == list(32 * np.cumsum(rows))
+    assert lines[-2]["tokens"] < 2500 <= lines[-1]["tokens"]
+    assert result.is_complete and result.step == len(lines) == config.total_steps
+    for line in lines:  # linear over tokens to the peak, and down to a tenth at the end
+        warm = min(1.0, line["tokens"] / 500) * 1e-2
+        assert line["learning_rate"] == pytest.approx(warm) or line["tokens"] > 500
+    assert max(line["learning_rate"] for line in lines) <= 1e-2
+    assert lines[-1]["learning_rate"] == pytest.approx(1e-3)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    # The first step's time is told once, and counts for no speed.
+    assert [line.get("first_step_s", 0) > 0 for line in lines] == [True] + [False] * (len(lines) - 1)
+    flops_per_token = flops.train_flops_per_token(model_config, config.length)
+    for line in lines[2:]:
+        assert line["mfu"] == pytest.approx(line["tokens_per_s"] * flops_per_token / 1e9, abs=1e-3)
+    assert records(config, "valid")[-1]["tokens"] == lines[-1]["tokens"]
+    assert (config.output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((config.output / "tensorboard").iterdir())) == 1
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_line_and_no_end(
+    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert Trainer(dataclasses.replace(train_config, steps=2)).run().is_complete
+    assert "no picture of the losses: matplotlib is not installed (pip install" in capsys.readouterr().err
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
@@ -134,7 +187,7 @@ def test_the_best_weights_are_kept_and_written_not_the_last(
 
     written = []
     monkeypatch.setattr(trainer, "validation_nats", fake_nats)
-    monkeypatch.setattr("falcon_jax.train.loop.write_model", lambda _, params, *rest: written.append(params))
+    monkeypatch.setattr("falcon_jax.train.trainee.write_model", lambda _, params, *rest: written.append(params))
     assert trainer.run().best_step == 6
     np.testing.assert_array_equal(written[0]["final_norm"]["scale"], weights[1])
 
@@ -195,8 +248,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
         advance(*arguments)
 
     monkeypatch.setattr(trainer, "_advance", poison)
-    with pytest.raises(NotFiniteError, match="not finite at step 4"):
+    batch = train_config.output / "not-finite-step-4.npz"
+    with pytest.raises(NotFiniteError, match=f"not finite at step 4, whose batch lies in {batch}"):
         trainer.run()
+    saved = np.load(batch)
+    [fed] = trainer._batches.placed(4)
+    np.testing.assert_array_equal(saved["tokens"], np.asarray(fed).reshape(saved["tokens"].shape))
+    assert (int(saved["step"]), float(saved["learning_rate"])) == (4, train_config.rate(4, 20))
     assert Trainer(train_config).step == 0  # nothing poisoned was saved
 
 
@@ -207,10 +265,16 @@ def test_resuming_with_another_batch_size_is_refused(train_config: TrainConfig) 
 
 
 def test_contradictory_settings_are_refused(train_config: TrainConfig) -> None:
+    ramping = dataclasses.replace(train_config.step, num_micro_batches=4)
     for wrong, message in (
-        ({"steps": None}, "give one of the two"),
-        ({"time_budget_s": 9.0}, "give one of the two"),
+        ({"steps": None}, "give one of the three"),
+        ({"time_budget_s": 9.0}, "give one of the three"),
+        ({"tokens": 9}, "give one of the three"),
         ({"steps": 0}, "steps is 0"),
+        ({"stage": 0}, "stage is 0"),
+        ({"ramp_tokens": 900}, "fewer than the full batch"),
+        ({"steps": None, "time_budget_s": 9.0, "ramp_tokens": 9, "step": ramping}, "steps of one size"),
+        ({"steps": None, "time_budget_s": 9.0, "warmup_tokens": 1}, "warm-up has 1 steps"),
         ({"data_parallel": 3}, "must divide it"),
         ({"learning_rate": -1.0}, "learning rate -1.0"),
     ):
@@ -218,5 +282,66 @@ def test_contradictory_settings_are_refused(train_config: TrainConfig) -> None:
             dataclasses.replace(train_config, **wrong)
     with pytest.raises(ConfigError, match="neither a file nor one of"):
         Trainer(dataclasses.replace(train_config, model="falcon-9"))
-    with pytest.raises(ConfigError, match="tensor is 64, and there are only 8 devices"):
+    with pytest.raises(ConfigError, match="stage is 64, and there are only 8 devices"):
         Trainer(dataclasses.replace(train_config, tensor=64))
+
+
+@pytest.fixture(scope="module")
+def base(model_config: FalconConfig, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    params = model_params.init(model_config, jax.random.key(5), jnp.float32)
+    write_model(model_config, params, folder, tokenizer_folder)
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["native", "int8"])
+def test_adapters_are_trained_beside_a_checkpoint_and_loaded_with_it(
+    train_config: TrainConfig, base: Path, weights: str
+) -> None:
+    config = dataclasses.replace(
+        train_config, model=None, tokenizer=None, base=str(base), lora=True, lora_rank=4, base_weights=weights
+    )
+    result = Trainer(config).run()
+    assert result.is_complete and not (config.output / "model").exists()
+    before, *_, after = records(config, "valid")
+    assert before["step"] == 0
+    assert after["nats_per_token"] < before["nats_per_token"] - 0.1
+    plain = Falcon.from_checkpoint(base, dtype="float32")
+    adapted = Falcon.from_checkpoint(base, dtype="float32", adapter=config.output / "adapter")
+    ids = [[3, 4, 5, 6]]
+    assert not np.allclose(plain.logits(ids), adapted.logits(ids), atol=1e-2)
+
+
+def test_a_checkpoint_is_trained_on_with_documents_apart(train_config: TrainConfig, base: Path) -> None:
+    config = dataclasses.replace(train_config, model=None, tokenizer=None, base=str(base), mask_documents=True, steps=4)
+    trainer = Trainer(config)
+    expected = load(base, dtype="float32").params
+    jax.tree.map(np.testing.assert_array_equal, trainer.state["params"], expected)
+    assert config.step_options.separator == 0
+    assert trainer.run().is_complete
+    assert [record["step"] for record in records(config, "valid")] == [0, 4]
+
+
+def test_a_pipeline_trains_as_one_device_does_and_its_model_is_loaded(
+    train_config: TrainConfig, tmp_path: Path, model_config: FalconConfig
+) -> None:
+    step = dataclasses.replace(train_config.step, num_micro_batches=2)
+    alone = dataclasses.replace(train_config, step=step, steps=6, log_every=1)
+    piped = dataclasses.replace(alone, output=tmp_path / "piped", stage=2, remat="stage")
+    for config in (alone, piped):
+        assert Trainer(config).run().is_complete
+    for kind, value in (("train", "loss"), ("valid", "nats_per_token")):
+        found, expected = ([record[value] for record in records(config, kind)] for config in (piped, alone))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert load(piped.output / "model", dtype="float32").config == model_config
+
+
+def test_settings_of_checkpoints_and_adapters_that_contradict_each_other_are_refused(train_config: TrainConfig) -> None:
+    for changes, message in (
+        ({"base": "falcon-nano"}, "which has a configuration: give one"),
+        ({"lora": True}, "lora needs the checkpoint"),
+        ({"base_weights": "int4"}, "only frozen weights can be"),
+        ({"step": StepOptions(separator=3)}, "give mask_documents instead"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(train_config, **changes)

@@ -1,0 +1,285 @@
+"""What a plan is made of: reading compiled programs, the estimate, the arithmetic before it. Nothing here compiles."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from falcon_jax.config import PRESETS
+from falcon_jax.errors import ConfigError
+from falcon_jax.train.planning import compiler, cost, devices, hlo, report, search, serving
+from falcon_jax.train.planning.job import Job, Layout, StateBytes, state_bytes
+from falcon_jax.train.planning.plan import Plan
+
+# data 2 x fsdp 2 x tensor 4 over two machines; sharding.make_mesh puts neighbours of the topology on "tensor" first.
+PLACES = hlo.Places((("data", 2), ("fsdp", 2), ("tensor", 4), ("stage", 1)), tuple(range(16)))
+A100 = devices.named("a100-40")
+
+PROGRAM = """\
+HloModule jit_train_step, is_scheduled=true, num_partitions=16
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%product (a: bf16[8,64], b: bf16[64,32]) -> bf16[8,32] {
+  %a = bf16[8,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,32]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%update (whole: f32[100,8,32], new: bf16[8,32], at: s32[]) -> f32[100,8,32] {
+  %whole = f32[100,8,32]{2,1,0} parameter(0)
+  %new = bf16[8,32]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %converted = f32[8,32]{1,0} convert(%new)
+  %one = f32[1,8,32]{2,1,0} bitcast(%converted)
+  %zero = s32[] constant(0)
+  ROOT %put = f32[100,8,32]{2,1,0} dynamic-update-slice(%whole, %one, %at, %zero, %zero)
+}
+
+%hidden (p: bf16[64,16]) -> bf16[16,16] {
+  %p = bf16[64,16]{1,0} parameter(0)
+  ROOT %scattered = bf16[16,16]{1,0} reduce-scatter(%p), replica_groups={}, dimensions={0}, to_apply=%add
+}
+
+%body (carry: (s32[], bf16[8,64], bf16[64,8])) -> (s32[], bf16[8,64], bf16[64,8]) {
+  %carry = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %left = bf16[8,64]{1,0} get-tuple-element(%carry), index=1
+  %share = bf16[64,8]{1,0} get-tuple-element(%carry), index=2
+  %whole.1 = bf16[64,32]{1,0} all-gather(%share), replica_groups=[4,4]<=[16], dimensions={1}, use_global_device_ids=true
+  %gemm = bf16[8,32]{1,0} fusion(%left, %whole.1), kind=kCustom, calls=%product, metadata={op_name="step/up"}
+  ROOT %out = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) tuple(%i, %left, %share)
+}
+
+%condition (carry.1: (s32[], bf16[8,64], bf16[64,8])) -> pred[] {
+  %carry.1 = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) parameter(0)
+  ROOT %done = pred[] constant(false)
+}
+
+ENTRY %main (x: bf16[8,64], w: bf16[64,8], g: f32[100,8,32], h: bf16[8,32], q: bf16[2,128,4,16], p: bf16[64,16]) -> s32[] {
+  %x.1 = bf16[8,64]{1,0} parameter(0)
+  %w.1 = bf16[64,8]{1,0} parameter(1)
+  %g.1 = f32[100,8,32]{2,1,0} parameter(2)
+  %h.1 = bf16[8,32]{1,0} parameter(3)
+  %q.1 = bf16[2,128,4,16]{3,2,1,0} parameter(4)
+  %p.1 = bf16[64,16]{1,0} parameter(5)
+  %start = s32[] constant(0)
+  %begin = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) tuple(%start, %x.1, %w.1)
+  %loop = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) while(%begin), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"6"},"known_init_step":{"init":"0","step":"1"}}
+  %other = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) while(%loop), condition=%condition, body=%condition
+  %put.1 = f32[100,8,32]{2,1,0} fusion(%g.1, %h.1, %start), kind=kLoop, calls=%update
+  %attended = (bf16[2,4,128,16]{3,1,2,0}, u8[0]{0}) custom-call(%q.1, %q.1, /*index=2*/%q.1), custom_call_target="__cudnn$fmhaSoftmax"
+  %back = (bf16[2,4,128,16]{3,1,2,0}, u8[0]{0}) custom-call(%q.1, %q.1, %q.1, %q.1), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  %cublas = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%x.1, %w.1), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %sum-start = ((bf16[8,32]{1,0}), bf16[8,32]{1,0}) all-reduce-start(%h.1), replica_groups=mesh['a'=4,'b'=4] {'a'}, to_apply=%add
+  %sum-done = bf16[8,32]{1,0} all-reduce-done(%sum-start)
+  %moved = bf16[8,32]{1,0} collective-permute(%h.1), source_target_pairs={{0,8},{8,0},{1,9},{9,1}}
+  %alone = bf16[8,32]{1,0} all-reduce(%h.1), replica_groups=[16,1]<=[16], to_apply=%add
+  %scatter-start = ((bf16[64,16]{1,0}), bf16[16,16]{1,0}) async-start(%p.1), calls=%hidden
+  %scatter-done = bf16[16,16]{1,0} async-done(%scatter-start)
+  ROOT %end = s32[] get-tuple-element(%loop), index=0
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program() -> hlo.Program:
+    return hlo.read(PROGRAM, PLACES, length=128)
+
+
+def test_collectives_count_as_often_as_they_run_and_name_their_axes(program):
+    found = {(each.kind, each.axes): each for each in program.collectives}
+    assert len(found) == len(program.collectives) == 4  # a group of one exchanges nothing
+    gathered = found["all-gather", ("tensor",)]
+    assert (gathered.size, gathered.count, gathered.sent_bytes) == (4, 6, 6 * 3 * 64 * 8 * 2)
+    assert gathered.synchronous and gathered.within_machine
+    summed = found["all-reduce", ("data", "fsdp")]
+    assert (summed.size, summed.count, summed.sent_bytes) == (4, 1, 2 * 3 / 4 * 8 * 32 * 2)
+    assert not summed.synchronous and summed.members_a_machine == 2
+    moved = found["collective-permute", ("data",)]
+    assert (moved.count, moved.sent_bytes, moved.members_a_machine) == (1, 8 * 32 * 2, 1)
+    scattered = found["reduce-scatter", ("data", "fsdp", "tensor")]
+    assert (scattered.size, scattered.sent_bytes, scattered.synchronous) == (16, 15 / 16 * 64 * 16 * 2, False)
+
+
+def test_products_attention_and_memory_are_told_apart_and_counted(program):
+    work = {(each.kind, each.flops): each for each in program.work}
+    assert work["product", 2 * 8 * 32 * 64].count == 6
+    assert work["product", 2 * 8 * 32 * 64].bytes == 2 * (8 * 64 + 64 * 32 + 8 * 32)
+    assert work["product", 2 * 8 * 8 * 64].count == 1  # cuBLAS
+    pairs = 2 * 4 * 128 * 128 / 2  # rows, heads, half of the pairs
+    assert [work["attention", products * 2 * 16 * pairs].count for products in (2, 5)] == [1, 1]
+    assert program.flops == pytest.approx(6 * 32768 + 8192 + 14 * 16 * pairs)
+
+
+def test_an_update_in_place_moves_what_it_puts_alone(program):
+    (update,) = [each for each in program.work if each.kind == "memory" and each.bytes]
+    assert update.bytes == 8 * 32 * 2 + 4 + 8 * 32 * 4
+
+
+def test_values_and_loops_without_a_count_are_reported(program):
+    assert program.num_unknown_loops == 1
+    assert program.largest[0] == (100 * 8 * 32 * 4, "f32[100,8,32]", "put.1")
+    assert (8 * 32 * 2, "bf16[8,32]", "step/up") in hlo.read(PROGRAM, PLACES, 128, num_largest=50).largest
+
+
+@pytest.mark.parametrize(
+    ("notation", "groups"),
+    [
+        ("{{0,2},{1,3}}", [[0, 2], [1, 3]]),
+        ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("[2,4]<=[2,2,2]T(1,0,2)", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("mesh['x'=2,'y'=2] {'x'}", [[0, 2], [1, 3]]),
+        ("mesh['x'=2,'y'=2] {'x','y'}", [[0, 1, 2, 3]]),
+        ("mesh['x'=8] {'x':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("mesh['x'=2,'y'=4] {'y':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ],
+)
+def test_every_notation_of_groups_is_read(notation, groups):
+    np.testing.assert_array_equal(hlo.groups_of(notation), groups)
+
+
+def test_groups_in_a_notation_unknown_to_us_are_never_guessed():
+    with pytest.raises(ValueError, match="unknown notation: 'everybody'"):
+        hlo.groups_of("everybody")
+
+
+def test_bytes_of_types():
+    assert hlo.num_bytes("(bf16[8,64]{1,0}, /*index=1*/s32[], (pred[3], s4[6]{0}), token[])") == 1024 + 4 + 3 + 3
+    assert hlo.num_bytes("f8e4m3fn[5,2]") == 10
+    with pytest.raises(ValueError, match="unknown type 'odd'"):
+        hlo.num_bytes("odd[2]")
+
+
+def test_involuntary_rematerializations_are_read_from_the_log():
+    line = (
+        "W1125 02:50:32.04 1 spmd_partitioner.cc:661] [SPMD] Involuntary full rematerialization. The compiler cannot go "
+        "from sharding {devices=[8,1]<=[8]} to {devices=[1,4,2]<=[2,2,2]T(1,0,2) last_tile_dim_replicate} efficiently "
+        "for HLO operation %copy.0 = f32[8,64]{1,0} copy(%sin.0), sharding={devices=[8,1]<=[8]}, "
+        'metadata={op_name="jit(f)/sharding_constraint" stack_frame_id=4}. As the last resort, SPMD will replicate\n'
+    )
+    (found,) = compiler.rematerializations("something else\n" + line + line)
+    assert found.name == "jit(f)/sharding_constraint"
+    assert found.operation == "f32[8,64]{1,0} copy"
+    assert found.shardings.startswith("{devices=[8,1]<=[8]} to {devices=[1,4,2]")
+    assert compiler.rematerializations("W1125 all is well\n") == ()
+
+
+def test_time_is_the_longer_of_flops_and_bytes_and_what_is_synchronous_adds_up():
+    work = (
+        hlo.Work(kind="product", flops=A100.product_share * A100.peak_flops, bytes=1, count=2),
+        hlo.Work(kind="attention", flops=A100.attention_share * A100.peak_flops, bytes=1, count=1),
+        hlo.Work(kind="memory", flops=0.0, bytes=int(A100.memory_share * A100.memory_bytes_per_s), count=3),
+    )
+    exchange = hlo.Collective(
+        kind="all-reduce",
+        axes=("tensor",),
+        size=8,
+        members_a_machine=8,
+        synchronous=True,
+        count=1,
+        sent_bytes=A100.link_bytes_per_s,
+    )
+    hidden = dataclasses.replace(exchange, synchronous=False, sent_bytes=9 * A100.link_bytes_per_s)
+    times = cost.times(hlo.Program(collectives=(exchange, hidden), work=work, largest=(), num_unknown_loops=0), A100)
+    assert (times.products_s, times.attention_s, times.memory_s) == pytest.approx((2, 1, 3))
+    assert (times.exchange_s, times.hidden_s) == pytest.approx((1, 9), rel=1e-4)
+    assert times.step_s == pytest.approx(1 + 9, rel=1e-4)  # of which 6 s of computation hide nothing more
+
+
+def test_between_machines_a_ring_has_the_ports_of_its_members_in_one():
+    assert cost.bytes_per_s(8, 8, A100) == A100.link_bytes_per_s
+    assert cost.bytes_per_s(16, 1, A100) == A100.network_bytes_per_s
+    assert cost.bytes_per_s(16, 4, A100) == 4 * A100.network_bytes_per_s
+    assert cost.bytes_per_s(64, 8, dataclasses.replace(A100, network_bytes_per_s=1e12)) == A100.link_bytes_per_s
+
+
+def test_devices_are_the_four_and_leave_a_fifth_of_their_memory():
+    assert list(devices.DEVICES) == ["a100-40", "a100-80", "h100", "h200"]
+    assert A100.usable_bytes == pytest.approx(33.84e9, rel=1e-4)
+    assert [device.peak_flops for device in devices.DEVICES.values()] == [312e12, 312e12, 989e12, 989e12]
+    for device in devices.DEVICES.values():
+        assert f"device_memory_size: {device.memory_bytes}\n" in device.description()
+    with pytest.raises(ConfigError, match="device is 'v100'; known are a100-40"):
+        devices.named("v100")
+
+
+def job(**changes: object) -> Job:
+    layout = Layout(**changes)  # pyright: ignore[reportArgumentType]
+    return Job(config=PRESETS["falcon-rw-1b"], device=A100, layout=layout, rows=96)
+
+
+def test_state_bytes_are_twelve_a_parameter_split_as_the_mesh_does():
+    config = PRESETS["falcon-rw-1b"]
+    matrices = config.num_layers * 12 * config.width**2 + config.vocab_size * config.width
+    alone, split = state_bytes(job()), state_bytes(job(fsdp=4, tensor=2))
+    assert alone.optimizer == pytest.approx(2 * alone.parameters)
+    assert alone.parameters == pytest.approx(4 * matrices, rel=2e-3)  # norms and biases besides
+    assert split.total == pytest.approx(alone.total / 8, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": 12}, "beyond 8 they come in machines of as many"),
+        ({"data": 8, "num_micro_batches": 5}, "= 8 * 5 = 40 must divide it"),
+        ({"data": 0}, "data is 0; it must be at least 1"),
+        ({"stage": 5, "num_micro_batches": 96}, "24 layers do not fall into 5 stages"),
+        ({"stage": 4, "num_micro_batches": 6}, "a multiple of its 4 stages"),
+        ({"remat": "stage"}, "take 'block'"),
+    ],
+)
+def test_a_layout_that_does_not_come_out_is_refused(changes, said):
+    with pytest.raises(ConfigError, match="(?s).*" + said.replace("*", r"\*")):
+        job(**changes)
+
+
+def test_the_arithmetic_before_a_compilation_counts_the_state_exactly_and_keeps_to_its_rules():
+    num_devices = 16
+    found = list(search.candidates(job(), num_devices))
+    assert len({each.layout for each in found}) == len(found) > 100
+    for each in found:
+        layout = each.layout
+        assert math.prod(layout.sizes.values()) == num_devices
+        assert layout.tensor <= 8 and layout.num_micro_batches % layout.stage == 0
+    for changes in ({}, {"fsdp": 4, "tensor": 2}, {"data": 2, "stage": 4, "num_micro_batches": 4}):
+        exact = state_bytes(job(**changes)).total
+        sizes = search._sizes(PRESETS["falcon-rw-1b"], tuple(job(**changes).layout.sizes.values()))
+        assert search.STATE_BYTES * sizes.state == pytest.approx(exact, rel=1e-5)
+    # What computes again keeps less and takes longer.
+    kept, again = (search.guess(job(data=8, num_micro_batches=4, remat=remat)) for remat in ("none", "block"))
+    assert kept.peak_bytes > again.peak_bytes and kept.step_s < again.step_s
+
+
+def test_a_serving_plan_is_weights_and_cache():
+    config = PRESETS["falcon-40b"]
+    whole, halves, few = (
+        serving.serve(config, A100, rows=2, length=1000, tensor=tensor, dtype="bfloat16", weights=weights)
+        for tensor, weights in ((1, "native"), (2, "native"), (1, "int4"))
+    )
+    assert whole.cache_bytes == 2 * config.num_layers * 2 * 1000 * config.num_kv_heads * config.head_dim * 2
+    assert halves.cache_bytes * 2 == whole.cache_bytes
+    assert halves.weight_bytes == pytest.approx(whole.weight_bytes / 2, rel=1e-3)
+    assert few.weight_bytes < 0.3 * whole.weight_bytes
+    assert not whole.fits and whole.spare_bytes == A100.usable_bytes - whole.weight_bytes - whole.cache_bytes
+    assert few.fits
+
+
+def test_a_verdict_says_by_how_much_in_both_units(program):
+    compiled = compiler.Compiled(
+        peak_bytes=A100.usable_bytes + 2 * 2**30, argument_bytes=0, program=program, rematerializations=(), seconds=1.0
+    )
+    plan = Plan(
+        job=job(), state=StateBytes(10**9, 2 * 10**9), compiled=compiled, times=cost.times(program, A100)
+    )
+    assert not plan.fits
+    assert report.lines(plan)[-1].startswith("does not fit: 2.15 GB (2.00 GiB) a GPU too much (33.84 GB")
+    roomy = dataclasses.replace(plan, compiled=dataclasses.replace(compiled, peak_bytes=A100.usable_bytes - 2**30))
+    assert report.lines(roomy)[-1].startswith("fits: 1.07 GB (1.00 GiB) a GPU to spare")
+    assert plan.working_bytes == plan.peak_bytes - 3 * 10**9
