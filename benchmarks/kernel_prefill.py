@@ -59,7 +59,7 @@ def contestants(case: shapes.AttentionCase, kind: str, quick: bool) -> list[Entr
         return prepare(group(without, None, ""))
     columns = functools.partial(attention, scale=case.scale, implementation="cudnn")
     asked = {name: inputs[name] for name in ("query_offset", "lengths", "slopes", "alibi")}
-    reason = flash_cudnn.reason_against(q, k, **asked, return_lse=False, mesh=None)
+    reason = flash_cudnn.reason_against(q, k, **asked, starts=None, return_lse=False, mesh=None)
     alibi = [make(f"{CUDNN}, ALiBi in 8 more columns", columns, slopes=slopes, reason=reason)]
     # The whole array, made before the clock starts: 2.1 GB for 64 heads and 4,096 tokens.
     if case.T <= 4096 and jax.default_backend() == "gpu":

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.sharded import BATCH_AXES, HEAD_AXIS
 
@@ -83,7 +83,7 @@ def params_sharding(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSha
     return {path: param_sharding(path, leaf.shape, mesh) for path, leaf in leaves.items()}
 
 
-def state_spec(path: str, shape: Sequence[int], mesh: Mesh, num_stacked: int = 0) -> PartitionSpec:
+def state_spec(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, num_stacked: int = 0) -> PartitionSpec:
     """The layout of a parameter in the training state: the table's, with widths over ZERO_AXES.
 
     num_stacked: leading dimensions that `pipeline.stack` put before the parameter's own, of which the first lies over
@@ -124,7 +124,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def fitting(shape: Sequence[int], mesh: Mesh, spec: PartitionSpec, *, drop: str = "all") -> NamedSharding:
+def fitting(
+    shape: Sequence[int], mesh: Mesh | AbstractMesh, spec: PartitionSpec, *, drop: str = "all"
+) -> NamedSharding:
     """`spec` on `mesh` without the axes that the mesh lacks or whose size does not divide their dimension.
 
     drop: where several axes do not divide a dimension together, "all" of them go, or the "last" until they do.

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,15 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from falcon_jax.errors import ConfigError
 from falcon_jax.model.params import Params
 
-T = TypeVar("T")
-
 
 def is_main() -> bool:
     """Whether this process writes what is written once: metrics, pictures, the final model, a progress bar."""
     return jax.process_index() == 0
 
 
-def main_first(work: Callable[[], T]) -> T:
+def main_first[T](work: Callable[[], T]) -> T:
     """Runs `work` in process 0, and when it is done there in the others: files that are made once and read by all.
 
     Raises: in process 0 what `work` raises; in the others then ConfigError, so that none waits for it.

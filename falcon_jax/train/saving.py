@@ -24,7 +24,7 @@ class Progress:
 
 
 class RunCheckpoints:
-    """Two folders of checkpoints in a run's output. Every process calls each method; saving goes on in the background."""
+    """Two folders of checkpoints in a run's output. Every process calls each method; they save in the background."""
 
     def __init__(self, output: Path) -> None:
         self._last = TrainCheckpoints(output / "checkpoints")

@@ -347,9 +347,9 @@ def _local_gradients(
     A = tokens.shape[0]
 
     def keys_of(numbers: Array) -> Array | None:  # [n] -> [n, R]
-        return (
-            None if key is None else jax.vmap(lambda number: row_keys(jax.random.fold_in(key, number), rows))(numbers)
-        )
+        if key is None:
+            return None
+        return jax.vmap(lambda number, key=key: row_keys(jax.random.fold_in(key, number), rows))(numbers)
 
     def objective(sinks: Params, tokens: Array, hidden_of: Callable[[Params], Array]) -> tuple[Array, LossSums]:
         value, sums = _loss(run, weights, sinks, layout, hidden_of(sinks), tokens[..., 1:], options)

@@ -8,7 +8,7 @@ import pytest
 from falcon_jax.config import PRESETS
 from falcon_jax.model import params as model_params
 from falcon_jax.model.step import ForwardOptions
-from tests.models import VARIANTS, random_params, tiny
+from tests.models import VARIANTS, tiny
 
 
 @pytest.mark.parametrize("name", VARIANTS)

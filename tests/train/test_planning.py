@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,75 +17,8 @@ from falcon_jax.train.planning.plan import Plan
 PLACES = hlo.Places((("data", 2), ("fsdp", 2), ("tensor", 4), ("stage", 1)), tuple(range(16)))
 A100 = devices.named("a100-40")
 
-PROGRAM = """\
-HloModule jit_train_step, is_scheduled=true, num_partitions=16
-
-%add (x: f32[], y: f32[]) -> f32[] {
-  %x = f32[] parameter(0)
-  %y = f32[] parameter(1)
-  ROOT %sum = f32[] add(%x, %y)
-}
-
-%product (a: bf16[8,64], b: bf16[64,32]) -> bf16[8,32] {
-  %a = bf16[8,64]{1,0} parameter(0)
-  %b = bf16[64,32]{1,0} parameter(1)
-  ROOT %dot.1 = bf16[8,32]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-
-%update (whole: f32[100,8,32], new: bf16[8,32], at: s32[]) -> f32[100,8,32] {
-  %whole = f32[100,8,32]{2,1,0} parameter(0)
-  %new = bf16[8,32]{1,0} parameter(1)
-  %at = s32[] parameter(2)
-  %converted = f32[8,32]{1,0} convert(%new)
-  %one = f32[1,8,32]{2,1,0} bitcast(%converted)
-  %zero = s32[] constant(0)
-  ROOT %put = f32[100,8,32]{2,1,0} dynamic-update-slice(%whole, %one, %at, %zero, %zero)
-}
-
-%hidden (p: bf16[64,16]) -> bf16[16,16] {
-  %p = bf16[64,16]{1,0} parameter(0)
-  ROOT %scattered = bf16[16,16]{1,0} reduce-scatter(%p), replica_groups={}, dimensions={0}, to_apply=%add
-}
-
-%body (carry: (s32[], bf16[8,64], bf16[64,8])) -> (s32[], bf16[8,64], bf16[64,8]) {
-  %carry = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%carry), index=0
-  %left = bf16[8,64]{1,0} get-tuple-element(%carry), index=1
-  %share = bf16[64,8]{1,0} get-tuple-element(%carry), index=2
-  %whole.1 = bf16[64,32]{1,0} all-gather(%share), replica_groups=[4,4]<=[16], dimensions={1}, use_global_device_ids=true
-  %gemm = bf16[8,32]{1,0} fusion(%left, %whole.1), kind=kCustom, calls=%product, metadata={op_name="step/up"}
-  ROOT %out = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) tuple(%i, %left, %share)
-}
-
-%condition (carry.1: (s32[], bf16[8,64], bf16[64,8])) -> pred[] {
-  %carry.1 = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) parameter(0)
-  ROOT %done = pred[] constant(false)
-}
-
-ENTRY %main (x: bf16[8,64], w: bf16[64,8], g: f32[100,8,32], h: bf16[8,32], q: bf16[2,128,4,16], p: bf16[64,16]) -> s32[] {
-  %x.1 = bf16[8,64]{1,0} parameter(0)
-  %w.1 = bf16[64,8]{1,0} parameter(1)
-  %g.1 = f32[100,8,32]{2,1,0} parameter(2)
-  %h.1 = bf16[8,32]{1,0} parameter(3)
-  %q.1 = bf16[2,128,4,16]{3,2,1,0} parameter(4)
-  %p.1 = bf16[64,16]{1,0} parameter(5)
-  %start = s32[] constant(0)
-  %begin = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) tuple(%start, %x.1, %w.1)
-  %loop = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) while(%begin), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"6"},"known_init_step":{"init":"0","step":"1"}}
-  %other = (s32[], bf16[8,64]{1,0}, bf16[64,8]{1,0}) while(%loop), condition=%condition, body=%condition
-  %put.1 = f32[100,8,32]{2,1,0} fusion(%g.1, %h.1, %start), kind=kLoop, calls=%update
-  %attended = (bf16[2,4,128,16]{3,1,2,0}, u8[0]{0}) custom-call(%q.1, %q.1, /*index=2*/%q.1), custom_call_target="__cudnn$fmhaSoftmax"
-  %back = (bf16[2,4,128,16]{3,1,2,0}, u8[0]{0}) custom-call(%q.1, %q.1, %q.1, %q.1), custom_call_target="__cudnn$fmhaSoftmaxBackward"
-  %cublas = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%x.1, %w.1), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
-  %sum-start = ((bf16[8,32]{1,0}), bf16[8,32]{1,0}) all-reduce-start(%h.1), replica_groups=mesh['a'=4,'b'=4] {'a'}, to_apply=%add
-  %sum-done = bf16[8,32]{1,0} all-reduce-done(%sum-start)
-  %moved = bf16[8,32]{1,0} collective-permute(%h.1), source_target_pairs={{0,8},{8,0},{1,9},{9,1}}
-  %alone = bf16[8,32]{1,0} all-reduce(%h.1), replica_groups=[16,1]<=[16], to_apply=%add
-  %scatter-start = ((bf16[64,16]{1,0}), bf16[16,16]{1,0}) async-start(%p.1), calls=%hidden
-  %scatter-done = bf16[16,16]{1,0} async-done(%scatter-start)
-  ROOT %end = s32[] get-tuple-element(%loop), index=0
-}
-"""
+# A step of our own making with one of everything: a loop of six, a fused product, attention, each kind of groups.
+PROGRAM = Path(__file__).with_name("program.hlo").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +54,7 @@ def test_products_attention_and_memory_are_told_apart_and_counted(program):
 def test_an_update_in_place_moves_what_it_puts_alone(program):
     (update,) = [each for each in program.work if each.kind == "memory" and each.bytes]
     assert update.bytes == 8 * 32 * 2 + 4 + 8 * 32 * 4
+    assert update.count == 2  # once asynchronously
 
 
 def test_values_and_loops_without_a_count_are_reported(program):
@@ -159,9 +94,9 @@ def test_bytes_of_types():
 
 def test_involuntary_rematerializations_are_read_from_the_log():
     line = (
-        "W1125 02:50:32.04 1 spmd_partitioner.cc:661] [SPMD] Involuntary full rematerialization. The compiler cannot go "
-        "from sharding {devices=[8,1]<=[8]} to {devices=[1,4,2]<=[2,2,2]T(1,0,2) last_tile_dim_replicate} efficiently "
-        "for HLO operation %copy.0 = f32[8,64]{1,0} copy(%sin.0), sharding={devices=[8,1]<=[8]}, "
+        "W1125 02:50:32.04 1 spmd_partitioner.cc:661] [SPMD] Involuntary full rematerialization. The compiler cannot "
+        "go from sharding {devices=[8,1]<=[8]} to {devices=[1,4,2]<=[2,2,2]T(1,0,2) last_tile_dim_replicate} "
+        "efficiently for HLO operation %copy.0 = f32[8,64]{1,0} copy(%sin.0), sharding={devices=[8,1]<=[8]}, "
         'metadata={op_name="jit(f)/sharding_constraint" stack_frame_id=4}. As the last resort, SPMD will replicate\n'
     )
     (found,) = compiler.rematerializations("something else\n" + line + line)
@@ -275,9 +210,7 @@ def test_a_verdict_says_by_how_much_in_both_units(program):
     compiled = compiler.Compiled(
         peak_bytes=A100.usable_bytes + 2 * 2**30, argument_bytes=0, program=program, rematerializations=(), seconds=1.0
     )
-    plan = Plan(
-        job=job(), state=StateBytes(10**9, 2 * 10**9), compiled=compiled, times=cost.times(program, A100)
-    )
+    plan = Plan(job=job(), state=StateBytes(10**9, 2 * 10**9), compiled=compiled, times=cost.times(program, A100))
     assert not plan.fits
     assert report.lines(plan)[-1].startswith("does not fit: 2.15 GB (2.00 GiB) a GPU too much (33.84 GB")
     roomy = dataclasses.replace(plan, compiled=dataclasses.replace(compiled, peak_bytes=A100.usable_bytes - 2**30))

@@ -18,7 +18,7 @@ from tests import models
 
 # One for as many tests as it serves: each other one is another compilation.
 OPTIONS = StepOptions(compute_dtype="float32", loss_chunk_tokens=7, z_loss=0.1, ema_decay=0.999)
-# Adam's first updates are signs of gradients, and of rounding where these are next to nothing: a larger epsilon damps it.
+# Adam's first updates are signs of gradients, of rounding where these are next to nothing: a large epsilon damps it.
 DROPPING = dataclasses.replace(OPTIONS, dropout=0.5, num_micro_batches=2, epsilon=1e-3)
 
 

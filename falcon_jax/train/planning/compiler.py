@@ -103,8 +103,8 @@ def environment() -> dict[str, str]:
     if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
         if not FOLDER.is_dir():
             raise ConfigError(
-                f"there is no compiler for NVIDIA GPUs in {FOLDER}: `make setup` installs it on Linux, or "
-                "`pip install 'falcon-jax[cuda13]'` into this environment"
+                f"there is no compiler for NVIDIA GPUs in {FOLDER}: `make setup` installs it on Linux; elsewhere than "
+                "in a checkout, docs/planning.md has the one command"
             )
         paths.insert(0, str(FOLDER))
         # Else it would be another ptxas that the machine happens to have.

@@ -1,8 +1,8 @@
 """How long a compiled step would take: a stated model, not a measurement.
 
-Each instruction takes the longer of its FLOPs at the share of the peak that such work reaches and its bytes at the share
-of the memory's bandwidth; each collective its bytes, around a ring, over the links inside a machine or the network
-between machines. What XLA scheduled synchronously adds up; what it scheduled asynchronously hides behind the
+Each instruction takes the longer of its FLOPs at the share of the peak that such work reaches and its bytes at the
+share of the memory's bandwidth; each collective its bytes, around a ring, over the links inside a machine or the
+network between machines. What XLA scheduled synchronously adds up; what it scheduled asynchronously hides behind the
 computation as far as that lasts. A pipeline's idle ticks compute on nothing, and are in the program as such.
 
 It leaves out what no program says: autotuning, slow machines, the input, clocks under load. Trust it to rank plans.

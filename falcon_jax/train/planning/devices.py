@@ -11,7 +11,7 @@ from falcon_jax.train import flops
 
 GPUS_PER_MACHINE = 8
 # What a plan may fill. The rest is for what no plan counts: the CUDA context, NCCL's buffers, workspaces of cuDNN and
-# cuBLAS, and fragments. Assumed; XLA itself takes 0.75 at its start unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# cuBLAS, and fragments. Assumed; XLA itself takes 0.75 at its start unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
 USABLE_SHARE = 0.8
 
 
@@ -94,7 +94,7 @@ device_description_str: "{self.kind}"
 """
 
 
-# SMs, clocks, caches and memory bandwidth: NVIDIA's data sheets and tuning guides of the A100, H100 and H200 SXM modules.
+# SMs, clocks, caches and memory bandwidth: NVIDIA's data sheets and tuning guides of the A100, H100 and H200 (SXM).
 # memory_bytes: as CUDA reports it on such a device (H200: as XLA ships it).
 # Shares of the peaks. Hopper: benchmarks/LOG.md and README (an H200: products of 8192^3 793 of 989 TFLOP/s, copies 4.27
 # of 4.8 TB/s; attention of falcon-40b forward and backward 367 TFLOP/s). A100: products and copies assumed as Hopper's;

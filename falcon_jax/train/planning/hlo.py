@@ -1,9 +1,9 @@
 """Reads a compiled program (scheduled HLO text, of one device): what it exchanges, what it computes, what is large.
 
-Knows nothing of models or time. Everything is counted as often as it runs: the body of a loop by the trip count that XLA
-states; a loop without one counts once, and says so. The traps: operands are printed without types, so each is looked up;
-and the groups of a collective come in three notations, all in logical device numbers, which are places in the mesh and
-not the topology's ids.
+Knows nothing of models or time. Everything is counted as often as it runs: the body of a loop by the trip count that
+XLA states; a loop without one counts once, and says so. The traps: operands are printed without types, so each is
+looked up; and the groups of a collective come in three notations, all in logical device numbers, which are places in
+the mesh and not the topology's ids.
 """
 
 import collections
@@ -64,9 +64,10 @@ class Places:
 class Collective:
     """One kind of exchange, with all that are like it.
 
-    axes: of the mesh, along which the members of a group differ. size: members of a group. members_a_machine: the fewest
-      of a group that share a machine with one of it; `size` where all do. count: times a step. sent_bytes: by each
-      device in all of them together, by a ring's arithmetic. synchronous: nothing else can run meanwhile.
+    axes: of the mesh, along which the members of a group differ. size: members of a group.
+    members_a_machine: the fewest of a group that share a machine with one of it; `size` where all do.
+    synchronous: nothing else can run meanwhile.
+    count: times a step. sent_bytes: by each device in all of them together, by a ring's arithmetic.
     """
 
     kind: str
@@ -350,7 +351,7 @@ def _flops(
 
 
 def _product_flops(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> float:
-    if instruction.opcode == "fusion":
+    if instruction.opcode in ("fusion", "fusion-start"):
         inner = computations[_called(instruction)[0]]
         return sum((_product_flops(computations, inner, each) for each in inner.values()), 0.0)
     contracted = re.search(
@@ -377,12 +378,12 @@ def _attention_flops(computation: Computation, kernel: Instruction, length: int)
 
 def _moved_bytes(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> int:
     """Read and written, in memory. A slice counts as what it takes, an update in place as what it puts."""
-    if instruction.opcode == "fusion":
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode == "fusion":
         inner = computations[_called(instruction)[0]]
         parameters = [each for each in inner.values() if each.opcode == "parameter"]
         return sum(_read_bytes(inner, each) for each in parameters) + _written_bytes(inner, inner.root)
     types = computation.operand_types(instruction)
-    opcode = instruction.opcode.removesuffix("-start")
     if opcode in ("slice", "dynamic-slice", "gather"):
         return 2 * num_bytes(instruction.type)
     if opcode == "dynamic-update-slice":

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import Mesh
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
@@ -140,19 +140,24 @@ class StateBytes:
 
 def state_bytes(job: Job) -> StateBytes:
     """Without a device, and before anything is compiled."""
-    mesh: Any = AbstractMesh(
-        tuple(job.layout.sizes.values()), sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES)
-    )
-    state = train_step.abstract_state(job.config, job.options(), mesh)
+    state = train_step.abstract_state(job.config, job.options(), mesh_of_nothing(**job.layout.sizes))
     parameters = bytes_a_device(state.pop("params"))
     return StateBytes(parameters, bytes_a_device(state))
 
 
+def mesh_of_nothing(**sizes: int) -> Mesh:
+    """A mesh whose devices are numbers: enough to lay arrays out over, on a machine that has no such devices."""
+    return sharding.make_mesh(**sizes, devices=range(math.prod(sizes.values())))
+
+
 def bytes_a_device(tree: Any) -> int:
-    """Of the arrays of a tree that one device holds."""
+    """Of the arrays of a tree that one device holds; its leaves are jax.ShapeDtypeStructs with a NamedSharding."""
+    return sum(map(_bytes_of_leaf, jax.tree.leaves(tree)))
 
-    def of_leaf(leaf: jax.ShapeDtypeStruct) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
 
-    return sum(map(of_leaf, jax.tree.leaves(tree)))
+def _bytes_of_leaf(leaf: jax.ShapeDtypeStruct) -> int:
+    where: Any = leaf.sharding
+    # `shard_shape` would ask the mesh's devices what they are.
+    over = [axis for axes in sharding.axes_by_dimension(where.spec) for axis in axes]
+    num_shards = math.prod(where.mesh.shape[axis] for axis in over)
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize // num_shards

@@ -10,7 +10,7 @@ from falcon_jax.train.planning.serving import ServingPlan
 GB, GIB = 1e9, 2**30
 
 
-def size(num_bytes: float) -> str:
+def size(num_bytes: int | float) -> str:
     """In both units, since devices are sold by one and reported in the other."""
     return f"{num_bytes / GB:.2f} GB ({num_bytes / GIB:.2f} GiB)"
 
@@ -53,8 +53,9 @@ def lines(plan: Plan) -> list[str]:
         out.append(f"loops whose trip count is unknown, counted once: {program.num_unknown_loops}")
     out += [
         "",
-        f"estimated step       {times.step_s:.2f} s: products {times.products_s:.2f}, attention {times.attention_s:.2f}, "
-        f"memory {times.memory_s:.2f}, collectives {times.exchange_s:.2f} and {times.hidden_s:.2f} behind computation",
+        f"estimated step       {times.step_s:.2f} s: products {times.products_s:.2f}, "
+        f"attention {times.attention_s:.2f}, memory {times.memory_s:.2f}, collectives {times.exchange_s:.2f} "
+        f"and {times.hidden_s:.2f} behind computation",
         f"                     {plan.tokens_per_s:,.0f} tokens/s, {plan.tokens_per_s / job.num_devices:,.0f} a GPU; "
         f"MFU {plan.mfu:.1%}" + (f"; a pipeline idle for {plan.idle_share:.1%}" if job.layout.stage > 1 else ""),
         "",

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
@@ -20,7 +19,7 @@ from falcon_jax.model import params as model_params
 from falcon_jax.train import flops
 from falcon_jax.train.planning import cost
 from falcon_jax.train.planning.devices import GPUS_PER_MACHINE
-from falcon_jax.train.planning.job import Job, Layout
+from falcon_jax.train.planning.job import Job, Layout, mesh_of_nothing
 from falcon_jax.train.planning.plan import Plan, make
 
 MAX_STAGES = 16
@@ -89,6 +88,8 @@ def candidates(job: Job, num_devices: int) -> Iterator[Job]:
     for tensor, stage in itertools.product(_divisors(num_devices), _divisors(num_devices)):
         if tensor > GPUS_PER_MACHINE or stage > MAX_STAGES or num_devices % (tensor * stage):
             continue
+        if job.config.mlp_width % tensor:  # most of the work would be done on each of them
+            continue
         replicas = num_devices // (tensor * stage)
         for fsdp in _divisors(replicas):
             if fsdp == 1 or job.config.width % fsdp == 0:  # else nothing would be split over it
@@ -119,12 +120,13 @@ def _divisors(number: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Parameters that one device holds: of a layer and of the two ends, in the state and while they are computed with."""
+    """Parameters that one device holds: in the state; while they are computed with, of a layer and of the two ends; and
+    of a layer whose weights were gathered over "fsdp"."""
 
     state: float
     layer: float
     ends: float
-    largest_gathered: float
+    gathered_layer: float
 
 
 def guess(job: Job) -> Guess:
@@ -133,8 +135,8 @@ def guess(job: Job) -> Guess:
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(config: FalconConfig, sizes: tuple[int, ...]) -> _Sizes:
-    mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
-    stage, tensor, fsdp = (mesh.shape[axis] for axis in ("stage", "tensor", "fsdp"))
+    mesh = mesh_of_nothing(**dict(zip(sharding.AXES, sizes, strict=True)))
+    stage, fsdp = mesh.shape["stage"], mesh.shape["fsdp"]
     by_part, state = {True: 0.0, False: 0.0}, 0.0
     for path, leaf in _leaves(config).items():
         count, in_layer = math.prod(leaf.shape), path.startswith("layers.")
@@ -164,7 +166,7 @@ def _peak_bytes(job: Job) -> float:
     tokens = job.rows_a_device * job.length
     layers = config.num_layers / layout.stage
     weights = STATE_BYTES * sizes.state + MIXED_BYTES * (sizes.layer * layers + sizes.ends)
-    weights += 3 * MIXED_BYTES * sizes.largest_gathered  # the next layer's weights are gathered while one's are used
+    weights += 3 * MIXED_BYTES * sizes.gathered_layer  # the next layer's weights are gathered while one's are used
     residual = 2 * tokens * config.width / (layout.tensor if layout.splits_sequence else 1)
     kept = {"none": _kept_bytes(job, tokens), "products": _kept_bytes(job, tokens) / 2}
     kept["stage"] = kept["none"]

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import ConfigError
 from falcon_jax.model import params as model_params
 from falcon_jax.train.planning.devices import Device
-from falcon_jax.train.planning.job import bytes_a_device
+from falcon_jax.train.planning.job import bytes_a_device, mesh_of_nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,7 @@ def serve(
     for name, size in {"batch": rows, "length": length, "tensor": tensor}.items():
         if size < 1:
             raise ConfigError(f"{name} is {size}; it must be at least 1")
-    sizes = [tensor if axis == "tensor" else 1 for axis in sharding.AXES]
-    mesh: Any = AbstractMesh(tuple(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    mesh = mesh_of_nothing(tensor=tensor)
 
     def placed(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
