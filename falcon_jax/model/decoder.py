@@ -12,46 +12,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import stages
 from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
-from falcon_jax.model.linear import LayerNorm, Linear, apart, apart_backward, declare, multiply
+from falcon_jax.model.embedding import Embedding
+from falcon_jax.model.linear import LayerNorm, Linear, apart, apart_backward, multiply
 from falcon_jax.model.step import ForwardOptions, Step, spans
 from pallas_kernels.quantized_matmul import exact_gelu
-from pallas_kernels.sharded import HEAD_AXIS, over_axis
 
 __all__ = ["FalconDecoder", "ForwardOptions"]
-
-
-class Embedding(nnx.Module):
-    """Token vectors; with a tied head also the output projection.
-
-    Where the vocabulary is split over "tensor", each device looks up what it has and the results add up: left to itself
-    XLA gathers the whole table.
-    """
-
-    def __init__(self, config: FalconConfig, mesh: Mesh | None):
-        self.weight = declare((config.vocab_size, config.width), "normal")
-        self.mesh = mesh
-
-    def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        table = self.weight[...]
-        if self.mesh is None or HEAD_AXIS not in self.mesh.shape or table.shape[0] % self.mesh.shape[HEAD_AXIS]:
-            return table[token_ids]
-        whole = PartitionSpec()
-        look_up = over_axis(self._of_shard, HEAD_AXIS, self.mesh, (PartitionSpec(HEAD_AXIS), whole), whole)
-        return look_up(table, token_ids)
-
-    @staticmethod
-    def _of_shard(table: Float[Array, "rows D"], token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        own = token_ids - jax.lax.axis_index(HEAD_AXIS) * table.shape[0]
-        is_here = (own >= 0) & (own < table.shape[0])
-        found = jnp.where(is_here[..., None], table[jnp.where(is_here, own, 0)], 0)
-        return jax.lax.psum(found, HEAD_AXIS)
 
 
 class MLP(nnx.Module):

@@ -67,6 +67,23 @@ def apart_backward(x: Float[Array, "..."]) -> Float[Array, "..."]:
 apart_backward.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
+@jax.custom_vjp
+def plus_bias(x: Float[Array, "..."], bias: Float[Array, "*outputs"]) -> Float[Array, "..."]:
+    """x + bias. The bias's gradient, a sum over all rows, adds up in float32; as the transpose of a plain addition it
+    would in x's dtype."""
+    return x + bias
+
+
+def _plus_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
+    rows = tuple(range(gradient.ndim - bias.ndim))
+    # Without the barrier XLA would keep the gradient in float32 as well, four bytes a number of the widest arrays.
+    gradient = jax.lax.optimization_barrier(gradient)
+    return gradient, jnp.sum(gradient, axis=rows, dtype=jnp.float32).astype(bias.dtype)
+
+
+plus_bias.defvjp(lambda x, bias: (x + bias, bias), _plus_bias_backward)
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRank:
     """(x a) b scale: what an adapter adds to a projection (adapters.py)."""
@@ -112,7 +129,7 @@ class Linear(nnx.Module):
             product = multiply(x, self._native_matrix())
         product = product.reshape(*leading, *self.outputs)
         if hasattr(self, "bias"):
-            product = product + self.bias[...]
+            product = plus_bias(product, self.bias[...])
         return product if self.adapter is None else product + self.adapter(x).reshape(product.shape)
 
     def matrix(self) -> Float[Array, "I O"] | QuantizedWeight:
