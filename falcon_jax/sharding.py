@@ -25,12 +25,16 @@ STAGE_AXIS = "stage"
 MANUAL_AXES = ("data", "fsdp", "stage")  # in training
 ZERO_AXES = ("fsdp", "data")  # what the training state's widths are split over, as far as they divide
 
-# First match wins. A letter's axis: D -> fsdp, N, K, F, V -> tensor; H is never split.
+# The first match wins whose layout has no more dimensions than the parameter. A letter's axis: D -> fsdp; N, K, F, V ->
+# tensor; H is never split.
 PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     # In few bits, tiles of 64 outputs and 128 inputs: Q P words, the outputs first.
     (r".*\.(query|key|value|up)\.weight\.values", PartitionSpec("tensor", "fsdp", None)),
     (r".*\.(output|down)\.weight\.values", PartitionSpec("fsdp", "tensor", None)),
-    (r".*\.weight\.scales", PartitionSpec()),  # 1/32 of the values at most: each device takes what it needs
+    # Their scales: Q 64 (int8, one for each output) or Q P 64 (int4).
+    (r".*\.(query|key|value|up)\.weight\.scales", PartitionSpec("tensor")),
+    (r".*\.(output|down)\.weight\.scales", PartitionSpec(None, "tensor", None)),
+    (r".*\.(output|down)\.weight\.scales", PartitionSpec()),
     (r".*\.(query|key|value)\.b", PartitionSpec(None, "tensor", None)),  # r N H, of adapters (model/adapters.py)
     (r".*\.attention\.output\.a", PartitionSpec("tensor", None, None)),  # N H r
     (r".*\.mlp\.up\.b", PartitionSpec(None, "tensor")),  # r F
@@ -70,12 +74,14 @@ def make_mesh(
 
 def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """The layout of the parameter at `path`: the table's, less the axes that do not divide."""
-    return fitting(shape, mesh, param_spec(path))
+    return fitting(shape, mesh, param_spec(path, len(shape)))
 
 
-def param_spec(path: str) -> PartitionSpec:
+def param_spec(path: str, num_dimensions: int) -> PartitionSpec:
     """What the table says of the parameter at `path`."""
-    return next(spec for pattern, spec in PARAMETER_TABLE if re.fullmatch(pattern, path))
+    return next(
+        spec for pattern, spec in PARAMETER_TABLE if len(spec) <= num_dimensions and re.fullmatch(pattern, path)
+    )
 
 
 def params_sharding(leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
@@ -89,10 +95,36 @@ def state_spec(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, num_s
     num_stacked: leading dimensions that `pipeline.stack` put before the parameter's own, of which the first lies over
       "stage".
     """
-    spec = param_spec(path)
-    zero = tuple(ZERO_AXES if axes == "fsdp" else axes for axes in spec)
+    spec = param_spec(path, len(shape) - num_stacked)
     stacked = (STAGE_AXIS,) + (None,) * (num_stacked - 1) if num_stacked else ()
-    return fitting(shape, mesh, PartitionSpec(*stacked, *zero), drop="last").spec
+    return fitting(shape, mesh, PartitionSpec(*stacked, *_over_zero_axes(spec)), drop="last").spec
+
+
+def _over_zero_axes(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(ZERO_AXES if axes == "fsdp" else axes for axes in spec))
+
+
+def unsplit_shares(leaves: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, float]:
+    """Which axes split less of the training state than they are meant to, since their size does not divide it.
+
+    leaves: what is trained, as a flat tree (anything with a shape), its layers not stacked; moments lie as it does.
+
+    Returns:
+      Axis -> the share of the state's bytes, above 0 and at most 1, that lies whole on each of the axis's devices
+      though the table has it split. What the table itself leaves whole (norms, most biases; over "stage" embedding and
+      head) is never in it. Empty where nothing is lost.
+    """
+    unsplit: dict[str, int] = dict.fromkeys(AXES, 0)
+    for path, leaf in leaves.items():
+        meant, found = (
+            {axis for axes in axes_by_dimension(spec) for axis in axes}
+            for spec in (_over_zero_axes(param_spec(path, len(leaf.shape))), state_spec(path, leaf.shape, mesh))
+        )
+        for axis in meant - found:
+            if mesh.shape.get(axis, 1) > 1:
+                unsplit[axis] += math.prod(leaf.shape)
+    whole = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    return {axis: size / whole for axis, size in unsplit.items() if size}
 
 
 def restricted(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:

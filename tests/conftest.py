@@ -5,8 +5,10 @@ its devices, so this file sets things up as it is imported. A test that starts a
 without, except for the environment variables.
 """
 
+import gc
 import importlib.util
 import os
+from pathlib import Path
 
 # Two workers share two cores: with more threads than cores, torch's and BLAS's pools wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -31,6 +33,9 @@ import jax
 import pytest
 
 NUM_CPU_DEVICES = 8
+MAPPINGS = Path("/proc/self/maps")
+MAX_MAPPINGS, TESTS_BETWEEN_LOOKS = 30_000, 10
+num_tests_since_look = 0
 
 jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
 # GPUs otherwise multiply float32 in tf32, three digits short of what parity asks for.
@@ -59,6 +64,20 @@ def has_gpu() -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not has_gpu():
         pytest.skip("needs an NVIDIA GPU")
+
+
+def pytest_runtest_logfinish() -> None:
+    """Forgets compiled programs before there are too many: each takes some mappings of memory, of which Linux gives a
+    process 65,530, and where there are no more the compiler crashes."""
+    global num_tests_since_look
+    num_tests_since_look += 1
+    if num_tests_since_look < TESTS_BETWEEN_LOOKS or not MAPPINGS.exists():
+        return
+    num_tests_since_look = 0
+    with MAPPINGS.open("rb") as mappings:
+        if sum(1 for _ in mappings) > MAX_MAPPINGS:
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture(scope="session")

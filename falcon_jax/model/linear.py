@@ -141,6 +141,12 @@ class Linear(nnx.Module):
     def _native_matrix(self) -> Float[Array, "I O"]:
         return self.weight[...].reshape(math.prod(self.inputs), self.num_outputs)
 
+    def place(self) -> tuple[str, tuple[int, ...]]:
+        """What follows the projection's path in that of its largest array, and that one's shape: see sharding.py."""
+        if isinstance(self.weight, Quantized):
+            return "weight.values", self.weight.shape
+        return "weight", (*self.inputs, *self.outputs)
+
     @property
     def num_outputs(self) -> int:
         return math.prod(self.outputs)
@@ -152,10 +158,11 @@ class Linear(nnx.Module):
 
 
 class Quantized(nnx.Module):
-    """A weight [I, O] of 8 or 4 bits, as two parameters."""
+    """A weight [I, O] of 8 or 4 bits, as two parameters. shape: of the values."""
 
     def __init__(self, num_inputs: int, num_outputs: int, form: str):
         values, scales = storage(form, num_inputs, num_outputs)
+        self.shape = values.shape
         self.values = declare(values.shape, "quantized", values.dtype)
         self.scales = declare(scales.shape, "quantized", scales.dtype)
 

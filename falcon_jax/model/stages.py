@@ -15,22 +15,25 @@ The trap: results differ from the plain layers' by rounding, as sums stay in flo
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from falcon_jax import sharding
 from falcon_jax.model import cache as kv_cache
 from falcon_jax.model.step import Step
 from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Product, in_eights, project
+from pallas_kernels.sharded import HEAD_AXIS
 
 if TYPE_CHECKING:
     from falcon_jax.model.cache import KVCache
     from falcon_jax.model.decoder import Block, FalconDecoder
-    from falcon_jax.model.linear import LayerNorm
+    from falcon_jax.model.linear import LayerNorm, Linear
 
 
 def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
@@ -44,13 +47,41 @@ def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
 
 def reason_against(decoder: FalconDecoder, num_tokens: int) -> str | None:
     """Why the kernels cannot take so many tokens of this model here, or None where they can."""
-    config = decoder.config
-    if decoder.mesh is not None and decoder.mesh.size > 1:
-        return "it runs on one device"
-    heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    sizes = config.width, config.mlp_width, *heads
-    reason = compat.mosaic_reason(decoder.mesh)
-    return reason or quantized_matmul.reason_against(num_tokens, sizes, decoder.embed.weight[...].dtype)
+    config, mesh = decoder.config, decoder.mesh
+    query, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = [config.mlp_width, query, keys]
+    if mesh is not None and mesh.size > 1:
+        if mesh.size > quantized_matmul.size_of(mesh):
+            return "of a mesh it takes the tensor axis alone"
+        if num_tokens > MAX_ROWS:
+            return f"on a mesh it takes up to {MAX_ROWS} tokens at a time, not {num_tokens}"
+        split = _split(decoder)
+        # Attention stands between them: heads lie as the projections' columns do, or not at all.
+        pairs = [("attention.query", config.num_heads), ("attention.key", config.num_kv_heads)]
+        if any(split[name] != (count % mesh.size == 0) for name, count in pairs):
+            heads = f"{config.num_heads} and {config.num_kv_heads} heads"
+            return f"{heads} do not lie over {mesh.size} devices as their weights do"
+        if split["attention.query"] != split["attention.output"] or split["mlp.up"] != split["mlp.down"]:
+            return f"weights of {decoder.weights} lie over {mesh.size} devices on one side of a layer and not the other"
+        of_device = ("mlp.up", "attention.query", "attention.key")
+        sizes = [size // mesh.size if split[name] else size for size, name in zip(sizes, of_device, strict=True)]
+    reason = compat.mosaic_reason(mesh)
+    return reason or quantized_matmul.reason_against(num_tokens, [config.width, *sizes], decoder.embed.weight.dtype)
+
+
+def _split(decoder: FalconDecoder) -> dict[str, bool]:
+    """Of each projection's name in a layer, whether its heads or the MLP's width lie over the mesh's tensor axis."""
+    mesh, block = decoder.mesh, decoder.layers[0]
+    names = ["attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down"]
+    if mesh is None or mesh.size == 1:
+        return dict.fromkeys(names, False)
+    found = {}
+    for name in names:
+        part, _, projection = name.partition(".")
+        path, shape = getattr(getattr(block, part), projection).place()
+        spec = sharding.param_sharding(f"layers.0.{name}.{path}", shape, mesh).spec
+        found[name] = any(HEAD_AXIS in axes for axes in sharding.axes_by_dimension(spec))
+    return found
 
 
 def run(
@@ -66,7 +97,8 @@ def run(
     layers = list(decoder.layers)
     norms_after = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
     normed = [norm(residual) for norm in _input_norms(layers[0])]
-    shared = _Shared(step, implementation, *_positions(decoder, step, cache, residual.shape[0]))
+    places = _positions(decoder, step, cache, residual.shape[0])
+    shared = _Shared(step, implementation, decoder.mesh, _split(decoder), *places)
     counter = jnp.zeros(1, jnp.int32)
     kept = []
     for i, (block, norms) in enumerate(zip(layers, norms_after, strict=True)):
@@ -79,13 +111,21 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Shared:
-    """What all layers share. rotary: cos and sin by which the input stage rotates; places: where it puts keys and
-    values; None where that is done after it."""
+    """What all layers share. split: as `_split` has it. rotary: cos and sin by which the input stage rotates; places:
+    where it puts keys and values; None where that is done after it."""
 
     step: Step
     implementation: str | None
+    mesh: Mesh | None
+    split: dict[str, bool]
     rotary: tuple[Float[Array, "R 32"], Float[Array, "R 32"]] | None
     places: Int[Array, " tokens"] | None
+
+    def product(self, name: str, projection: Linear, x: Array, **rest: Any) -> Product:
+        return projection.product(x, is_split=self.split[name], **rest)
+
+    def project(self, products: list[Product]) -> list[Array]:
+        return project(products, mesh=self.mesh, implementation=self.implementation)
 
 
 def _positions(decoder: FalconDecoder, step: Step, cache: KVCache, num_rows: int):
@@ -119,29 +159,36 @@ def _layer(
 ):
     """A layer, before which `normed` was made, and at the end of which `norms` are."""
 
-    def finish(xs, projections, residual, norms, counter):
+    attention, mlp = block.attention, block.mlp
+    outputs = {"attention.output": attention.output, "mlp.down": mlp.down}
+
+    def finish(inputs: dict[str, Array], residual, norms, counter):
+        projections = [outputs[name] for name in inputs]
         biases = [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")]
         return attention_norm(
-            xs,
+            list(inputs.values()),
             [projection.matrix() for projection in projections],
             residual,
             [norm.affine() for norm in norms],
             biases=biases,
             epsilon=norms[0].epsilon,
             counter=counter,
+            mesh=shared.mesh,
+            are_split=[shared.split[name] for name in inputs],
             implementation=shared.implementation,
         )
 
-    attention, mlp = block.attention, block.mlp
+    def up(normed: Array) -> Product:
+        return shared.product("mlp.up", mlp.up, normed, activation="gelu")
+
     if block.parallel:
-        projections = [attention.output, mlp.down]
-        up = [mlp.up.product(normed[-1], "gelu")]
-        attended, slots, hidden = _attend(block, normed[0], up, shared, slots)
-        return *finish([attended, *hidden], projections, residual, norms, counter), slots
+        attended, slots, (hidden,) = _attend(block, normed[0], [up(normed[-1])], shared, slots)
+        made = finish({"attention.output": attended, "mlp.down": hidden}, residual, norms, counter)
+        return *made, slots
     attended, slots, _ = _attend(block, normed[0], [], shared, slots)
-    residual, normed, counter = finish([attended], [attention.output], residual, [block.mlp_norm], counter)
-    hidden = project([mlp.up.product(normed[0], "gelu")], implementation=shared.implementation)
-    return *finish(hidden, [mlp.down], residual, norms, counter), slots
+    residual, normed, counter = finish({"attention.output": attended}, residual, [block.mlp_norm], counter)
+    (hidden,) = shared.project([up(normed[0])])
+    return *finish({"mlp.down": hidden}, residual, norms, counter), slots
 
 
 def _attend(
@@ -163,11 +210,11 @@ def _attend(
         to_keys, to_values = ((x.reshape(B * S, K * H), shared.places) for x in slots)
     key_rotary = None if attention.rotates_cached_keys else shared.rotary
     products = [
-        attention.query.product(normed, rotary=shared.rotary),
-        attention.key.product(normed, rotary=key_rotary, slots=to_keys),
-        attention.value.product(normed, slots=to_values),
+        shared.product("attention.query", attention.query, normed, rotary=shared.rotary),
+        shared.product("attention.key", attention.key, normed, rotary=key_rotary, slots=to_keys),
+        shared.product("attention.value", attention.value, normed, slots=to_values),
     ]
-    q, k, v, *made = project([*products, *others], implementation=shared.implementation)
+    q, k, v, *made = shared.project([*products, *others])
     # Single tokens keep the rows that mean nothing: to cut them off and put them on again would be two launches.
     q = q.reshape(num_rows, 1, -1, H) if T == 1 else q[: B * T].reshape(B, T, -1, H)
     if shared.places is None:

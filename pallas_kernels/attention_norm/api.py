@@ -1,13 +1,16 @@
 """`attention_norm`: what models call. Checks the arguments, picks the implementation, runs it."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
-from pallas_kernels.attention_norm.reference import Norm, attention_norm_xla
+from pallas_kernels.attention_norm.reference import Norm, add_xla, attention_norm_xla
+from pallas_kernels.attention_norm.sharded import attention_norm_over
 from pallas_kernels.quantized_matmul.product import (
     MAX_ROWS,
     Product,
@@ -16,6 +19,7 @@ from pallas_kernels.quantized_matmul.product import (
     in_order,
     reason_against_products,
 )
+from pallas_kernels.quantized_matmul.sharded import size_of
 
 
 def attention_norm(
@@ -27,6 +31,8 @@ def attention_norm(
     biases: Sequence[Float[Array, " D"]] = (),
     epsilon: float,
     counter: Int[Array, "1"] | None = None,
+    mesh: Mesh | None = None,
+    are_split: Sequence[bool] = (),
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows D"], list[Float[Array, "*rows D"]], Int[Array, "1"]]:
     """What a layer's output projections add to the residual, and the layer norms that the next stage reads.
@@ -37,6 +43,8 @@ def attention_norm(
       biases: as many as `xs`, or none.
       counter: what the call before returned, or None for the first of a chain: where blocks of the kernel meet. Calls
         of one program hand it on: two that run at the same time could keep each other's blocks from the GPU for ever.
+      mesh, are_split: None, or a mesh, and for each x whether it and its weight's inputs lie over the mesh's tensor
+        axis. Each device adds up its part, rounded to x's dtype; the sum over the axis, residual and norms follow.
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:
@@ -49,6 +57,10 @@ def attention_norm(
     products = checked_products(xs, weights, biases, residual, norms)
     if counter is None:
         counter = jnp.zeros(1, jnp.int32)
+    if size_of(mesh) > 1:
+        add = functools.partial(_add, num_outputs=residual.shape[-1], implementation=implementation)
+        made = attention_norm_over(mesh, xs, weights, are_split, residual, norms, biases, epsilon, add)
+        return *made, counter
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(weights[0]), candidates)
     if dispatch.choose("attention_norm", implementation, candidates) == "xla":
@@ -76,6 +88,20 @@ def attention_norm(
     return back(out), [back(x) for x in normed], counter
 
 
+def _add(xs: Sequence[Array], weights: Sequence[Any], *, num_outputs: int, implementation: str | None) -> Array:
+    """What a device's products come to, rounded to x's dtype: [..., num_outputs]."""
+    products = [Product(x, weight, num_outputs) for x, weight in zip(xs, weights, strict=True)]
+    candidates = {"mosaic": lambda: _sum_reason(products), "xla": lambda: None}
+    candidates = in_order(products[0].num_rows, form_of(weights[0]), candidates)
+    if dispatch.choose("attention_norm", implementation, candidates) == "xla":
+        return add_xla(products)
+
+    from pallas_kernels.attention_norm.mosaic import add_mosaic
+
+    made = add_mosaic([in_eights(x) for x in xs], weights, num_outputs)
+    return made[: products[0].num_rows].reshape(*xs[0].shape[:-1], num_outputs)
+
+
 def checked_products(
     xs: Sequence[Array], weights: Sequence[Any], biases: Sequence[Array], residual: Array, norms: Sequence[Norm]
 ) -> list[Product]:
@@ -97,3 +123,9 @@ def checked_products(
 
 def _mosaic_reason(products: Sequence[Product]) -> str | None:
     return compat.mosaic_reason() or reason_against_products(products)
+
+
+def _sum_reason(products: Sequence[Product]) -> str | None:
+    if products[0].num_rows > MAX_ROWS:
+        return f"over several devices it takes up to {MAX_ROWS} rows, not {products[0].num_rows}"
+    return _mosaic_reason(products)

@@ -9,6 +9,8 @@ All blocks must run at once. So there are at most as many as fit the GPU, and tw
 the counter at which its blocks meet from the launch before. The counter needs no setting to zero in between: a meeting
 adds 2^31 to it in all, and who waits looks for its highest bit to change.
 
+Without norms (`add_mosaic`) there is nothing to meet for.
+
 Where a GPU has more multiprocessors than a model has tiles, several blocks, a cluster, share out the inputs of a tile
 and meet in between, with the first of them doing the rest.
 
@@ -55,33 +57,46 @@ def attention_norm_mosaic(
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the counter for the next launch."""
     return _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], counter,
-        epsilon=epsilon, plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
+        shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon, plan=plan,
+        num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("epsilon", "plan", "num_sms", "interpretable"))
+def add_mosaic(
+    xs: Sequence[Float[Array, "R _"]], weights: Sequence[Any], num_outputs: int, *, plan: Plan | None = None
+) -> Float[Array, "R O"]:
+    """The products alone, added up in float32 and rounded to x's dtype; rows are a multiple of 8.
+
+    One device's part where several share out the inputs. No norm, so blocks need not meet.
+    """
+    shape = jax.ShapeDtypeStruct((xs[0].shape[0], num_outputs), xs[0].dtype)
+    out, _, _ = _launch(
+        list(xs), list(weights), [], None, [], None,
+        shape=shape, epsilon=0.0, plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
+    )  # fmt: skip
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "plan", "num_sms", "interpretable"))
 def _launch(
     xs, weights, biases, residual, norms, counter,
-    *, epsilon: float, plan: Plan | None, num_sms: int, interpretable: bool,
+    *, shape: jax.ShapeDtypeStruct, epsilon: float, plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
-    num_rows, width = residual.shape
+    num_rows, width = shape.shape
     launch = output_launch(weights, width, num_rows, len(norms), num_sms, plan)
     plan, num_tiles, num_blocks = launch.plan, launch.num_tiles, launch.num_blocks
-    settings = _Settings(launch, num_rows, width, len(norms), len(biases), epsilon, interpretable)
+    settings = _Settings(launch, num_rows, width, len(norms), len(biases), residual is not None, epsilon, interpretable)
     inputs = {
         "xs": list(xs),
         "weights": [arrays_of(weight) for weight in weights],
         "columns": [*biases, *(array for norm in norms for array in norm)],
         "residual": residual,
     }
-    if not interpretable:
+    if norms and not interpretable:
         inputs["counter"] = jax.new_ref(counter)
-    rows = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
-    outputs = {
-        "out": rows,
-        "normed": [rows] * len(norms),
-        "moments": jax.ShapeDtypeStruct((2, num_rows, -(-num_tiles // TILE) * TILE), jnp.float32),
-    }
+    outputs: dict[str, Any] = {"out": shape, "normed": [shape] * len(norms)}
+    if norms:
+        outputs["moments"] = jax.ShapeDtypeStruct((2, num_rows, -(-num_tiles // TILE) * TILE), jnp.float32)
     if plan.splits > 1:
         outputs["partial"] = jax.ShapeDtypeStruct((num_blocks, plan.width, plan.splits, num_rows, TILE), jnp.float32)
     given, treedef = jax.tree.flatten(inputs)
@@ -103,13 +118,14 @@ def _launch(
 
         run(plan, warpgroup, make, consume)
 
-    tile = functools.partial(plgpu.SMEM, dtype=residual.dtype)
-    smem = scratch(launch, num_rows) | {
-        "tiles": tile((plan.width, num_rows, TILE)),
-        "normed": tile((len(norms), num_rows, TILE)),
-        "columns": tile((plan.width, len(inputs["columns"]), TILE)),
-        "ready": plgpu.Barrier(num_arrivals=plan.width * (1 + len(inputs["columns"]))),
-    }
+    tile = functools.partial(plgpu.SMEM, dtype=shape.dtype)
+    smem = scratch(launch, num_rows) | {"tiles": tile((plan.width, num_rows, TILE))}
+    if norms:
+        smem["normed"] = tile((len(norms), num_rows, TILE))
+    if inputs["columns"]:
+        smem["columns"] = tile((plan.width, len(inputs["columns"]), TILE))
+    if num_fetched := settings.has_residual + len(inputs["columns"]):
+        smem["ready"] = plgpu.Barrier(num_arrivals=plan.width * num_fetched)
     if interpretable:  # no semaphores there
         smem["met"] = plgpu.ClusterBarrier(collective_axes=("block", "split"), num_arrivals=1)
         blocks = {"cluster": (num_blocks, plan.splits), "cluster_names": ("block", "split")}
@@ -129,7 +145,7 @@ def _launch(
         **blocks,
     )(*given)
     results = made_treedef.unflatten(results)
-    if not interpretable:
+    if "counter" in inputs:
         counter = jax.freeze(inputs["counter"])
     return results["out"], results["normed"], counter
 
@@ -143,6 +159,7 @@ class _Settings:
     width: int
     num_norms: int
     num_biases: int
+    has_residual: bool
     epsilon: float
     interpretable: bool
 
@@ -172,7 +189,8 @@ class _Block:
     def run(self) -> None:
         self.stream.begin()
         is_last = (self.warpgroup == 0) & (self.split == 0)
-        pl.when(is_last)(self.fetch_rest)
+        if "ready" in self.smem:
+            pl.when(is_last)(self.fetch_rest)
 
         for i, partial in enumerate(self.stream.sums(jnp.int32(0))):
             self.stream.gather(i, partial)
@@ -180,7 +198,10 @@ class _Block:
                 pl.when(self.warpgroup == 0)(functools.partial(self.share_out, i))
             exists = self.tile(i) < self.settings.num_tiles
             pl.when(is_last & exists)(functools.partial(self.add_residual, i))
-        pl.when(self.warpgroup == 0)(self.meet_and_normalize)
+        if self.settings.num_norms:
+            pl.when(self.warpgroup == 0)(self.meet_and_normalize)
+        else:
+            pl.when(is_last)(functools.partial(plgpu.wait_smem_to_gmem, 0))
 
     def tile(self, i: int) -> Any:
         return self.stream.tile(jnp.int32(0), i)
@@ -193,8 +214,9 @@ class _Block:
         """Starts copies of what is needed after the products. Past the last tile they are zeros."""
         for i in range(self.settings.plan.width):
             outputs = self.outputs(i)
-            residual = self.arrays["residual"].at[:, outputs]
-            plgpu.copy_gmem_to_smem(residual, self.smem["tiles"].at[i], self.smem["ready"])
+            if self.settings.has_residual:
+                residual = self.arrays["residual"].at[:, outputs]
+                plgpu.copy_gmem_to_smem(residual, self.smem["tiles"].at[i], self.smem["ready"])
             for j, column in enumerate(self.arrays["columns"]):
                 target = self.smem["columns"].at[i, j]
                 plgpu.copy_gmem_to_smem(column.at[outputs], target, self.smem["ready"])
@@ -216,16 +238,19 @@ class _Block:
         else:
             parts = [_load(self.arrays["partial"].at[self.block, i, j], ROWS) for j in range(settings.plan.splits)]
             y: Any = sum(parts[1:], parts[0])
-        if i == 0:
+        if i == 0 and "ready" in self.smem:
             plgpu.barrier_wait(self.smem["ready"])
         for j in range(settings.num_biases):
             y = y + _over_rows(self.column(i, j), y.shape)
         kept = self.smem["tiles"].at[i]
-        y = y + _load(kept, ROWS).astype(jnp.float32)
+        if settings.has_residual:
+            y = y + _load(kept, ROWS).astype(jnp.float32)
         y = y.astype(kept.dtype)
         store(kept, y)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(kept, self.arrays["out"].at[:, self.outputs(i)])
+        if not settings.num_norms:
+            return
         y = y.astype(jnp.float32)
         mean = y.sum(axis=1) * (1.0 / TILE)
         distance = y - _over_outputs(mean, y.shape)

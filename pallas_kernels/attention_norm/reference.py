@@ -45,9 +45,14 @@ def attention_norm_xla(
     D = residual.shape[-1]
     every_bias = list(biases) or [None] * len(xs)
     products = [Product(x, weight, D, bias) for x, weight, bias in zip(xs, weights, every_bias, strict=True)]
-    made = project(products, implementation="xla")
-    out = sum(reversed(made[:-1]), made[-1]) + residual
+    out = add_xla(products) + residual
     return out, [layer_norm(out, norm, epsilon) for norm in norms]
+
+
+def add_xla(products: Sequence[Product]) -> Array:
+    """The sum of products, each rounded, the last one first."""
+    made = project(products, implementation="xla")
+    return sum(reversed(made[:-1]), made[-1])
 
 
 def layer_norm(x: Float[Array, "... D"], norm: Norm, epsilon: float) -> Float[Array, "... D"]:

@@ -12,6 +12,7 @@ from pallas_kernels.quantized_matmul.formats import (
 )
 from pallas_kernels.quantized_matmul.product import MAX_ROWS, SIDE, Product, in_eights, reason_against
 from pallas_kernels.quantized_matmul.reference import exact_gelu
+from pallas_kernels.quantized_matmul.sharded import size_of
 
 __all__ = [
     "FORMS",
@@ -28,5 +29,6 @@ __all__ = [
     "quantize_calibrated",
     "quantized_matmul",
     "reason_against",
+    "size_of",
     "storage",
 ]

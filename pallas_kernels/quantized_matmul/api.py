@@ -1,10 +1,12 @@
 """`quantized_matmul` and `project`: what models call. They check arguments, pick the implementation and run it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat, dispatch
@@ -19,6 +21,7 @@ from pallas_kernels.quantized_matmul.product import (
     reason_against_products,
 )
 from pallas_kernels.quantized_matmul.reference import exact_gelu, matmul_xla
+from pallas_kernels.quantized_matmul.sharded import project_over, size_of
 from pallas_kernels.rotary import rotate
 
 
@@ -44,11 +47,15 @@ def quantized_matmul(
     return project([Product(x, weight, num_outputs)], implementation=implementation or "xla")[0]
 
 
-def project(products: Sequence[Product], *, implementation: str | None = None) -> list[Float[Array, "*rows O"]]:
+def project(
+    products: Sequence[Product], *, mesh: Mesh | None = None, implementation: str | None = None
+) -> list[Float[Array, "*rows O"]]:
     """Several products at once: the input stage of a layer, whose projections read one normalized input or two.
 
     Args:
       products: weights of one form, all with as many inputs and rows.
+      mesh: None, or one whose tensor axis the products' `is_split` is about. Each device makes its own outputs, and
+        all others too; nothing is exchanged.
       implementation: "mosaic" (Hopper GPUs, bfloat16: one launch), "xla", or None for the faster one that takes the
         call.
 
@@ -61,6 +68,8 @@ def project(products: Sequence[Product], *, implementation: str | None = None) -
     """
     for product in products:
         product.check("project")
+    if size_of(mesh) > 1:
+        return project_over(mesh, products, functools.partial(project, implementation=implementation))
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
     if dispatch.choose("project", implementation, candidates) == "xla":

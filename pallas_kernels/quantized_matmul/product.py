@@ -32,6 +32,7 @@ class Product:
     rotary: None, or cos and sin [rows, 32] by which the two halves of every 64 outputs, a head, are rotated at last.
     slots: None, or where the result goes instead, into an array [S, O] in x's dtype that the caller gives up: each
       row's place in it, int32 [rows], S or more for none. Rows of x past these places are dropped.
+    is_split: on a mesh, whether the outputs, with those of the weight and of slots, lie over its tensor axis.
     """
 
     x: Any
@@ -41,6 +42,7 @@ class Product:
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
     rotary: tuple[Any, Any] | None = None
     slots: tuple[Any, Any] | None = None
+    is_split: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def num_rows(self) -> int:

@@ -17,6 +17,7 @@ from falcon_jax.model.cache import KVCache
 from falcon_jax.model.step import ForwardOptions
 from pallas_kernels import compat, shapes
 from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm.mosaic import add_mosaic
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.mosaic import decode_mosaic
 from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
@@ -387,6 +388,10 @@ def test_stages_of_a_layer_are_one_launch_each_without_spills(compiler, name, fo
     # Parts of sums of blocks that share out a tile, and two numbers a row and tile.
     assert report.temp_bytes <= 4 * num_rows * width * 4 + SLACK_BYTES * num_rows
     require_that_all_blocks_run_at_once(report.kernels[0])
+
+    report = compiler.compile(add_mosaic, [array((num_rows, heads[0]), "bfloat16"), hidden], weights, width)
+    require_no_problems(report)
+    assert report.launches == ("mosaic_gpu_v2",)
 
 
 def require_that_all_blocks_run_at_once(kernel: hopper.Kernel) -> None:

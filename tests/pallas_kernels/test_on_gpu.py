@@ -11,12 +11,13 @@ import pytest
 
 from pallas_kernels import compat, shapes
 from pallas_kernels.attention_norm import attention_norm
-from pallas_kernels.attention_norm.reference import attention_norm_reference
+from pallas_kernels.attention_norm.mosaic import add_mosaic
+from pallas_kernels.attention_norm.reference import add_xla, attention_norm_reference
 from pallas_kernels.decode_attention import decode_attention, mosaic
 from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention import attention
-from pallas_kernels.quantized_matmul import quantize
+from pallas_kernels.quantized_matmul import Product, quantize
 from tests.pallas_kernels.packing import starts_of
 from tests.pallas_kernels.tolerance import allowed, error, require_close
 
@@ -285,3 +286,19 @@ def test_ten_thousand_output_stages_give_the_same_bits(width, heads, mlp_width, 
     )
     require_close(out, plain_out, exact_out)
     require_close(normed, plain_normed, exact_normed)
+
+
+@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@pytest.mark.parametrize(("width", "sizes"), [(8192, (1024, 4096)), (4544, (4544, 2304))], ids=str)
+def test_a_devices_part_of_an_output_stage(width, sizes, form):
+    def normal(seed: int, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
+
+    xs = [normal(i, 8, size) for i, size in enumerate(sizes)]
+    weights = [normal(2 + i, size, width) * size**-0.5 for i, size in enumerate(sizes)]
+    if form != "native":
+        weights = [quantize(weight, form) for weight in weights]
+    plain = add_xla([Product(x, weight, width) for x, weight in zip(xs, weights, strict=True)])
+    nothing = jnp.zeros((8, width), jnp.float32)
+    exact, _ = attention_norm_reference([x.astype(jnp.float32) for x in xs], weights, [], nothing, [], 1e-5)
+    require_close(jax.jit(add_mosaic, static_argnums=2)(xs, weights, width), plain, exact)

@@ -11,8 +11,8 @@ import pytest
 from pallas_kernels import compat
 from pallas_kernels.attention_norm import attention_norm
 from pallas_kernels.attention_norm.api import checked_products
-from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
-from pallas_kernels.attention_norm.reference import attention_norm_reference, attention_norm_xla
+from pallas_kernels.attention_norm.mosaic import add_mosaic, attention_norm_mosaic
+from pallas_kernels.attention_norm.reference import add_xla, attention_norm_reference, attention_norm_xla
 from pallas_kernels.quantized_matmul import Product, project, quantize, quantized_matmul
 from pallas_kernels.quantized_matmul.mosaic import gelu, project_mosaic
 from pallas_kernels.quantized_matmul.plan import Plan, fitting_plan, output_plan
@@ -77,6 +77,28 @@ def test_output_stage(monkeypatch, form, sizes, width, num_rows, num_norms, num_
     require_close(out, plain_out, exact_out)
     for some, other, exact in zip(normed, plain_normed, exact_normed, strict=True):
         require_close(some, other, exact)
+
+
+# The same without residual and norms: one device's part of a mesh's.
+PARTS = [
+    ("native", (128, 256), 128, 8, 2, Plan(2, 2)),
+    ("native", (256,), 128, 8, 4, Plan(2, 2, splits=2)),
+    ("int8", (256,), 192, 16, 2, Plan(1, 2, width=2)),
+    ("int4", (256, 512), 256, 8, 4, Plan(2, 2, groups=2, producer=True)),
+]
+
+
+@pytest.mark.parametrize(("form", "sizes", "width", "num_rows", "num_sms", "plan"), PARTS)
+def test_a_devices_part_of_the_output_stage(monkeypatch, form, sizes, width, num_rows, num_sms, plan):
+    monkeypatch.setattr(compat, "num_sms", lambda mesh=None: num_sms)
+    xs = [normal(i, num_rows, size) for i, size in enumerate(sizes)]
+    weights = [weight(10 + i, size, width, form) for i, size in enumerate(sizes)]
+    with interpreted():
+        made = jax.block_until_ready(add_mosaic(xs, weights, width, plan=plan))
+    plain = add_xla([Product(x, w, width) for x, w in zip(xs, weights, strict=True)])
+    in_float32 = [x.astype(jnp.float32) for x in xs]
+    exact, _ = attention_norm_reference(in_float32, weights, [], jnp.zeros((num_rows, width)), [], 1e-5)
+    require_close(made, plain, exact)
 
 
 @pytest.mark.parametrize("form", FORMS)
