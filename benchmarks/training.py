@@ -10,6 +10,7 @@ python benchmarks/training.py --cases rw-1b --peer none --variants batch_size=16
 python benchmarks/training.py --model falcon-nano --num-layers 2 --length 64 --peer hf-plain
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -25,6 +26,8 @@ import tyro
 from falcon_jax import options as shared
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from benchmarks.places import Place
     from benchmarks.training_cases import Case
     from benchmarks.training_measure import Contestant, Timing
@@ -74,7 +77,7 @@ class Arguments:
     rounds: int = 1
     """Times that all contestants are measured: a drift of the machine shows from 2 on."""
     max_seconds: float | None = None
-    """Begin nobody who, as slow as the slowest so far, would not be done by then."""
+    """Begin nobody who, as slow as the slowest of its kind so far, would not be done by then."""
     profile: Path | None = None
     """Folder for a trace of two steps of each variant; the most expensive kernels are printed."""
     compilation_cache: shared.CompilationCache = None
@@ -218,7 +221,7 @@ def empty_document(arguments: Arguments, cases: "list[Case]") -> dict[str, Any]:
 
 def fill(
     document: dict[str, Any], entered: "list[tuple[Case, list[Contestant]]]", arguments: Arguments, begin: float
-) -> Any:
+) -> "Iterator[None]":
     """Measures into `document`, one result between two yields: it is worth saving after each."""
     from benchmarks import training_measure, training_report
     from benchmarks.training_measure import Timing
@@ -230,17 +233,26 @@ def fill(
         print(*training_report.limit_lines(case, rates), sep="\n", flush=True)
     clock = Clock(begin, arguments.max_seconds)
     for number in range(1, arguments.rounds + 1):
-        # One trace of a variant is enough.
-        timing = Timing(arguments.steps, arguments.repeats, arguments.profile if number == 1 else None)
         for (case, taking_part), entry in zip(entered, document["cases"]):
+            # One trace of a variant is enough.
+            folder = arguments.profile / case.name if arguments.profile is not None and number == 1 else None
+            timing = Timing(arguments.steps, arguments.repeats, folder)
             for contestant in taking_part:
                 result = measured(contestant, timing, arguments, entry, clock) | {"round": number}
                 result = training_report.with_limits(result, case, rates, peak_flops(machine["device"]))
+                tell_profile(training_report.take_profile(result, case.what), folder, contestant)
                 entry["results"].append(result)
                 entry["bars"] = training_report.bars(case, entry["results"])
-                for line in training_report.profile_lines(result, case.what):
-                    print(line, flush=True)
                 yield
+
+
+def tell_profile(lines: list[str], folder: Path | None, contestant: "Contestant") -> None:
+    """Prints a profile's tables at once, and keeps them beside the trace."""
+    from benchmarks.training_profile import folder_name
+
+    if lines and folder is not None:
+        print(*lines, sep="\n", flush=True)
+        (folder / f"{folder_name(str(contestant))}.txt").write_text("\n".join(lines[1:]) + "\n")
 
 
 def measured(
@@ -253,31 +265,32 @@ def measured(
     for earlier in entry["results"]:
         if earlier["name"] == result["name"] and earlier["settings"] == result["settings"] and "failed" in earlier:
             return result | {"left_out": f"it failed in round {earlier['round']}"}
-    if clock.is_late():
+    if clock.is_late(contestant.name):
         return result | {"left_out": f"it would not be done within --max-seconds {arguments.max_seconds:g}"}
     say(f"{entry['name']}, {contestant}")
-    with clock:
+    with clock.running(contestant.name):
         return training_measure.compete(contestant, timing, place_of(arguments, contestant), say)
 
 
 class Clock:
-    """What is left of a run's time, by the slowest of what was done in it."""
+    """What is left of a run's time, by what was done in it."""
 
     def __init__(self, begin: float, max_seconds: float | None):
         self.begin, self.max_seconds = begin, max_seconds
-        self.slowest_s = 0.0
+        self.slowest_s: dict[str, float] = {}
 
-    def is_late(self) -> bool:
-        """Whether one more, as slow as the slowest, would end too late."""
+    def is_late(self, name: str) -> bool:
+        """Whether one more, as slow as the slowest of its name or else of all, would end too late."""
         if self.max_seconds is None:
             return False
-        return time.perf_counter() - self.begin + self.slowest_s > self.max_seconds
+        expected_s = self.slowest_s.get(name, max(self.slowest_s.values(), default=0.0))
+        return time.perf_counter() - self.begin + expected_s > self.max_seconds
 
-    def __enter__(self) -> None:
-        self.entered = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.slowest_s = max(self.slowest_s, time.perf_counter() - self.entered)
+    @contextlib.contextmanager
+    def running(self, name: str) -> "Iterator[None]":
+        began = time.perf_counter()
+        yield
+        self.slowest_s[name] = max(self.slowest_s.get(name, 0.0), time.perf_counter() - began)
 
 
 def place_of(arguments: Arguments, contestant: "Contestant | None") -> "Place":

@@ -203,7 +203,7 @@ def bars() -> tuple[Case, ...]:
     """What training is judged by, most important first; the variant that is likely best comes first in each.
 
     Rows are what fits an H200 without computing anything twice. Of ours the compiler plans 72 GB for 16 rows of
-    falcon-rw-1b and 60 GB for 16 of falcon-7b's width; of the peers it was tried.
+    falcon-rw-1b and 115 GB for 32, 60 GB for 16 of falcon-7b's width; of the peers these were seen to run.
     """
     seven = PRESETS["falcon-7b"]
     return (
@@ -245,7 +245,7 @@ def describe(work: Work) -> str:
     config = work.config
     whole = [name for name, preset in PRESETS.items() if preset == config]
     cut = [
-        f"{config.num_layers} layers of {name}"
+        f"{config.num_layers} layer{'s' if config.num_layers > 1 else ''} of {name}"
         for name, preset in PRESETS.items()
         if dataclasses.replace(preset, num_layers=config.num_layers) == config
     ]

@@ -21,7 +21,7 @@ from benchmarks.places import Say
 from benchmarks.programs import count_programs
 from benchmarks.training_cases import Work
 
-# Of a GPU the clock falls under load, which takes seconds.
+# A GPU's clock falls under load, which takes seconds.
 WARM_UP_S = {"cpu": 0.0, "gpu": 3.0}
 REPEAT_S = {"cpu": 0.2, "gpu": 2.0}
 WARM_UP_STEPS = 3
@@ -174,10 +174,10 @@ def _take_first_step(contestant: Contestant, trainer: Trainer, found: Result, sa
 def _time_steps(contestant: Contestant, trainer: Trainer, timing: Timing, found: Result) -> None:
     platform, work = contestant.platform, contestant.work
     warm_up_steps, elapsed_s, step_s = 0, 0.0, math.inf
-    while warm_up_steps < WARM_UP_STEPS or elapsed_s < WARM_UP_S[platform]:
+    while warm_up_steps < WARM_UP_STEPS or elapsed_s < WARM_UP_S.get(platform, 3.0):
         seconds = _seconds(trainer, WARM_UP_STEPS)
         warm_up_steps, elapsed_s, step_s = warm_up_steps + WARM_UP_STEPS, elapsed_s + seconds, seconds / WARM_UP_STEPS
-    num_steps = timing.steps or max(MIN_STEPS, math.ceil(REPEAT_S[platform] / step_s))
+    num_steps = timing.steps or max(MIN_STEPS, math.ceil(REPEAT_S.get(platform, 2.0) / step_s))
     taken_s = [_seconds(trainer, num_steps) / num_steps for _ in range(timing.repeats)]
     step_s = statistics.median(taken_s)
     losses = trainer.losses()

@@ -63,10 +63,7 @@ class OurTrainer:
         jax.block_until_ready((self.state, self.arguments))
         self.compiled: Any = None
         self.metrics: list[dict[str, jax.Array]] = []
-        self.found: dict[str, Any] = {
-            "state_gib": model_params.num_bytes(self.state) / measure.GIB,
-            "arguments_gib": model_params.num_bytes({"arguments": self.arguments[:-1]}) / measure.GIB,
-        }
+        self.found: dict[str, Any] = {"state_gib": model_params.num_bytes(self.state) / measure.GIB}
         self.peak_before = hardware.peak_bytes()
 
     def first_step(self) -> None:

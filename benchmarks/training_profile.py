@@ -26,7 +26,7 @@ _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.+?) [a-z][a-z0-9-]*\(.*
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME_OF = re.compile(r"stack_frame_id=(\d+)")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-_OWN_FOLDERS = ("falcon_jax/", "pallas_kernels/")
+_OWN_FOLDERS = ("falcon_jax/model/", "falcon_jax/train/", "pallas_kernels/")
 NUM_FUNCTIONS = 3
 
 
@@ -73,16 +73,18 @@ def record(run: Callable[[], None], folder: Path) -> Path:
 
 
 def summary(trace: Path, program: str, num_steps: int) -> dict[str, Any]:
-    """What stands in a document: milliseconds a step of all kernels, and of the most expensive ones by two keys."""
+    """Milliseconds a step of all kernels and of those of each part, and the most expensive ones by two keys."""
     events = read(trace)
     known = places(program)
     placed = [(known[event.operation], event) for event in events if event.operation in known]
+    by_part: dict[str, float] = collections.defaultdict(float)
+    for place, event in placed:
+        by_part[place.part] += event.ns / num_steps / 1e6
     return {
         "kernels_ms": sum(event.ns for event in events) / num_steps / 1e6,
+        "part_ms": dict(by_part),
         "by_kernel": _rows(((without_numbers(event.kernel), event) for event in events), num_steps),
-        "by_part": _rows(((place.part, event) for place, event in placed), num_steps),
         "by_place": _rows(((str(place), event) for place, event in placed), num_steps),
-        "placed_ms": sum(event.ns for _, event in placed) / num_steps / 1e6,
     }
 
 
@@ -242,8 +244,8 @@ def lines(title: str, profile: Mapping[str, Any]) -> list[str]:
     ]
     if not profile["by_place"]:
         return [*made, "the trace does not say which operation a kernel belongs to"]
-    share = profile["placed_ms"] / total if total else 0.0
-    parts = ", ".join(f"{row['name']} {row['ms']:.2f} ms" for row in profile["by_part"])
+    share = sum(profile["part_ms"].values()) / total if total else 0.0
+    parts = ", ".join(f"{name} {ms:.2f} ms" for name, ms in profile["part_ms"].items())
     made += ["", f"the same by place, as far as it is known ({share:.0%}): {parts}"]
     return [*made, *_table("place", profile["by_place"], total)]
 

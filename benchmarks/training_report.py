@@ -115,11 +115,13 @@ def case_lines(case: Mapping[str, Any], device: str) -> list[str]:
         "loss",
     )
     cells, notes = [list(header)], []
+    has_rounds = any(result["round"] > 1 for result in case["results"])
     for result in case["results"]:
-        label = _label(result) + (f", round {result['round']}" if case["results"][-1]["round"] > 1 else "")
+        label = _label(result) + (f", round {result['round']}" if has_rounds else "")
         cells.append([label, *_cells(result)])
-        notes += [f"{label}: {result[key]}" for key in ("failed", "left_out", "profile_failed") if key in result]
-    return ["", *_aligned(cells), *notes]
+        notes += [f"{label}: {result[key]}" for key in ("failed", "profile_failed") if key in result]
+        notes += [f"left out: {result['left_out']}"] if "left_out" in result else []
+    return ["", *_aligned(cells), *dict.fromkeys(notes)]
 
 
 def _cells(result: Result) -> list[str]:
@@ -135,9 +137,14 @@ def _cells(result: Result) -> list[str]:
         f"{result['share_of_flops_limit']:.1%}",
         "" if result["peak_gib"] is None else measure.peak_text(result).removesuffix(" GiB"),
         planned,
-        f"{result['first_step_s']:.1f}",
+        f"{result['first_step_s']:.1f}{_cached(result)}",
         f"{first:.2f} to {last:.2f}",
     ]
+
+
+def _cached(result: Result) -> str:
+    programs = result.get("first_step_programs", {})
+    return ", from the cache" if programs.get("from_cache") and not programs["compiled"] else ""
 
 
 def bar_lines(document: Mapping[str, Any]) -> list[str]:
@@ -146,7 +153,7 @@ def bar_lines(document: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     peers = list(dict.fromkeys(name for _, bar in found for name in bar["ratios"]))
-    cells = [["bar", "asked", measure.Ours.name, "reached", *peers]]
+    cells = [["bar", "asked", measure.Ours.name, "reached", *(f"times better than {name}" for name in peers)]]
     for case, bar in found:
         figure = FIGURES[bar["figure"]]
         weights = "" if bar["weights"] == "native" else f", {bar['weights']}"
@@ -158,7 +165,7 @@ def bar_lines(document: Mapping[str, Any]) -> list[str]:
         row.append({True: "yes", False: "no", None: ""}[bar.get("reached")])
         for name in peers:
             ratio = bar["ratios"].get(name)
-            row.append("" if ratio is None else f"{_told(figure.text, bar['best'][name])}, x {ratio:.2f}")
+            row.append("" if ratio is None else f"{_told(figure.text, bar['best'][name])}: x {ratio:.2f}")
         cells.append(row)
     return ["", *_aligned(cells)]
 
@@ -173,9 +180,15 @@ def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
-def profile_lines(result: Result, what: str) -> list[str]:
-    """Of a result that has a profile, else nothing."""
-    return training_profile.lines(f"{what}, {_label(result)}", result["profile"]) if "profile" in result else []
+def take_profile(result: Result, what: str) -> list[str]:
+    """The tables of a profile, which leave the result: they would outnumber all else in the document."""
+    profile = result.get("profile")
+    if profile is None:
+        return []
+    lines = training_profile.lines(f"{what}, {_label(result)}", profile)
+    for rows in ("by_kernel", "by_place"):
+        del profile[rows]
+    return lines
 
 
 def failures(document: Mapping[str, Any]) -> list[str]:
