@@ -1,4 +1,4 @@
-"""What the commands in scripts/ share at their start. Not for programs that use the library.
+"""What the commands in scripts/ share at their start and at their end. Not for programs that use the library.
 
 Owns the settings of JAX that hold for a whole process, which a library must leave to its caller: nothing else in
 falcon_jax sets one, or imports this. The trap: JAX looks at them when it first compiles, so they come before that.
@@ -17,7 +17,7 @@ import jax
 
 from falcon_jax.checkpoint import manifest
 from falcon_jax.config import FalconConfig
-from falcon_jax.errors import USER_ERRORS
+from falcon_jax.errors import USER_ERRORS, RequestError, exit_code, one_line
 from falcon_jax.generate.engine import Engine
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.model import params
@@ -28,6 +28,36 @@ from falcon_jax.tokenizer import Tokenizer
 # Entries that were not read for longest go first. falcon-nano's seven programs take 0.2 MB on a CPU.
 # With a limit JAX also locks the folder to read and to write, so that no process reads what another has half written.
 MAX_CACHE_BYTES = 2 * 2**30
+
+
+def finish(work: Callable[[], int | None], *, known: type[Exception] | tuple[()] = (), less: str) -> int:
+    """`errors.exit_code` of a command that runs a model over data.
+
+    Args:
+      known: what else is told in one line, besides files that cannot be read or written.
+      less: what to do where the device's memory runs out.
+    """
+
+    def told() -> int | None:
+        try:
+            return work()
+        except (ValueError, NotImplementedError) as error:
+            # An attention that is unknown, or that cannot run here, is found when the model runs.
+            if isinstance(error, USER_ERRORS) or "attention: implementation=" not in str(error):
+                raise
+            raise RequestError(one_line(error)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise RequestError(one_line(error)) from error
+        except known as error:
+            raise RequestError(one_line(error)) from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise RequestError(f"the device's memory ran out; {less}") from error
+
+    return exit_code(told)
 
 
 def use_compilation_cache(choice: str | None = None) -> None:

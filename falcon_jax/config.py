@@ -207,6 +207,19 @@ class FalconConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
+    def named(cls, name: str) -> "FalconConfig":
+        """A preset by its name, or what `from_hf` reads at this path.
+
+        Raises:
+            ConfigError: there is neither, or as `from_hf`.
+        """
+        if name in PRESETS:
+            return PRESETS[name]
+        if not Path(name).exists():
+            raise ConfigError(f"model {name!r} is neither a file nor one of {', '.join(PRESETS)}")
+        return cls.from_hf(Path(name))
+
+    @classmethod
     def _from_keys(cls, keys: Mapping[str, Any]) -> "FalconConfig":
         fields = hf_config.read(keys)
         rope = fields.pop("rope")

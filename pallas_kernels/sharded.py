@@ -76,7 +76,8 @@ def over_mesh(
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     axes = {} if mesh is None else {axis: size for axis, size in mesh.shape.items() if axis not in manual}
-    if math.prod(axes.values()) == 1:
+    # In a region of manual axes those of size 1 are made manual too: cuDNN's call is refused beside axes of XLA's own.
+    if not axes or (math.prod(axes.values()) == 1 and not manual):
         return function(*arguments)
     given = {i: array for i, array in enumerate(arguments) if array is not None}
     dimensions = {i: letters[i].split() for i in given}

@@ -122,28 +122,13 @@ def settings_of(arguments: Arguments) -> dict[str, str | bool]:
 def main() -> int:
     """The exit code: 0 done, 2 not to be done, 130 interrupted."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    import jax  # late: --help need not wait for it
+    from falcon_jax import commands  # late: --help need not wait for JAX
 
-    from falcon_jax.errors import CheckpointError, ConfigError, one_line
-
-    try:
+    def work() -> None:
         scores = measure(arguments)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, NotImplementedError, OSError) as error:
-        # An attention that is unknown, or that cannot run here, is found when the model runs.
-        known = (CheckpointError, ConfigError, OSError)
-        if not isinstance(error, known) and "attention: implementation=" not in str(error):
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("error: the device's memory ran out; lower --batch-tokens or --lengths", file=sys.stderr)
-        return 2
-    print(json.dumps({**settings_of(arguments), "results": [score.record() for score in scores]}))
-    return 0
+        print(json.dumps({**settings_of(arguments), "results": [score.record() for score in scores]}))
+
+    return commands.finish(work, less="lower --batch-tokens or --lengths")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,18 @@ python scripts/plan.py --model falcon-40b --device h100 --tensor 2 --batch 4 --l
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
-    from falcon_jax.config import FalconConfig
     from falcon_jax.train.planning.devices import Device
     from falcon_jax.train.planning.job import Job, Layout
+
+# What one kind of plan alone has a use for; --fsdp and --stage are refused where the mesh of a model that only runs is.
+TRAINING = ("micro_batches", "rounds", "remat", "splits_sequence", "packed", "attention", "network")
+SERVING = ("dtype", "weights")
+CHOSEN = ("data", "fsdp", "tensor", "stage", "micro_batches", "rounds", "remat", "splits_sequence")  # by a search
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,8 @@ class Arguments:
     """Plan a training step; else a model that only runs."""
     search: bool = False
     """Try meshes and remat policies for --gpus: all by arithmetic, the best --compile of them in earnest."""
-    compile: int = 4
-    """Meshes that a search compiles."""
+    compile: int | None = None
+    """Layouts that a search compiles; 4 if left out."""
     gpus: int | None = None
     """GPUs in all; what --fsdp, --tensor and --stage leave of them is --data."""
     batch: int | None = None
@@ -42,29 +45,30 @@ class Arguments:
     length: int = 2048
     """Tokens a row."""
     micro_batches: int | None = None
-    """Parts of a batch that follow one another; one row a GPU each if left out."""
+    """Parts of a batch that follow one another; one row a GPU each if left out, which takes the least memory and,
+    outside of a pipeline, the most time."""
     data: int | None = None
-    """GPUs that split the rows, and the training state as far as it divides."""
-    fsdp: int = 1
-    """GPUs that split the rows and the weights."""
-    tensor: int = 1
+    """GPUs that split the rows, and the training state where fsdp * data divides the model's width."""
+    fsdp: int | None = None
+    """GPUs that split the rows and the weights; 1 if left out, as the next three."""
+    tensor: int | None = None
     """GPUs that split heads, MLP and vocabulary."""
-    stage: int = 1
+    stage: int | None = None
     """GPUs that split the layers, as stages of a pipeline."""
-    rounds: int = 1
+    rounds: int | None = None
     """Times that a micro-batch goes around a pipeline's stages."""
-    remat: Literal["none", "block", "products", "stage"] = "block"
-    """What the backward pass computes again, as for train.py."""
+    remat: Literal["none", "block", "products", "stage"] | None = None
+    """What the backward pass computes again, as for train.py; block if left out."""
     splits_sequence: bool = False
     """Between blocks, split tokens over --tensor."""
     packed: bool = False
     """Rows hold several documents that do not see each other."""
     attention: str | None = None
     """Attention implementation: "mosaic" (Hopper GPUs), "cudnn" or "xla"; the best that works by default."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
-    """Of a model that only runs."""
-    weights: Literal["native", "int8", "int4"] = "native"
-    """Of a model that only runs: its blocks' projections in dtype, or in 8 or 4 bits."""
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Of a model that only runs; bfloat16 if left out."""
+    weights: Literal["native", "int8", "int4"] | None = None
+    """Of a model that only runs: its blocks' projections in dtype (native, if left out), or in 8 or 4 bits."""
     network: float | None = None
     """GB/s that a GPU can send to another machine, where not the device's usual (25 x 0.91 for A100s, twice that for
     Hopper). A cloud's machine with 400 Gb/s for eight GPUs has 6.25."""
@@ -74,15 +78,24 @@ class Arguments:
     """Also everything as JSON, as the last line."""
 
 
-def model_config(name: str) -> "FalconConfig":
-    from falcon_jax.config import PRESETS, FalconConfig
+def check(arguments: Arguments) -> None:
+    """Refuses what would change nothing."""
     from falcon_jax.errors import ConfigError
 
-    if name in PRESETS:
-        return PRESETS[name]
-    if not Path(name).exists():
-        raise ConfigError(f"model {name!r} is neither a file nor one of {', '.join(PRESETS)}")
-    return FalconConfig.from_hf(Path(name))
+    def refuse(names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            value = getattr(arguments, name)
+            if value is not None and value is not False:
+                raise ConfigError(f"--{name.replace('_', '-')} {why}")
+
+    if not arguments.train:
+        refuse(("search", "compile", *TRAINING), "is for training: add --train")
+        return
+    refuse(SERVING, "is for a model that only runs: leave it out, or --train")
+    if arguments.search:
+        refuse(CHOSEN, "is what --search chooses: leave one of the two out")
+    else:
+        refuse(("compile",), "is for a search: add --search")
 
 
 def device_of(arguments: Arguments) -> "Device":
@@ -101,26 +114,28 @@ def mesh_of(arguments: Arguments) -> "Layout":
     from falcon_jax.errors import ConfigError
     from falcon_jax.train.planning.job import Layout
 
-    inner = arguments.fsdp * arguments.tensor * arguments.stage
-    if min(arguments.fsdp, arguments.tensor, arguments.stage) < 1:
+    fsdp, tensor, stage = (1 if size is None else size for size in (arguments.fsdp, arguments.tensor, arguments.stage))
+    inner = fsdp * tensor * stage
+    if min(fsdp, tensor, stage) < 1:
         raise ConfigError("--fsdp, --tensor and --stage must be at least 1")
     data, gpus = arguments.data, arguments.gpus
     if data is None:
         data, rest = divmod(inner if gpus is None else gpus, inner)
         if rest or not data:
             raise ConfigError(f"--gpus is {gpus}; fsdp * tensor * stage = {inner} must divide it")
-    layout = Layout(data=data, fsdp=arguments.fsdp, tensor=arguments.tensor, stage=arguments.stage)
+    layout = Layout(data=data, fsdp=fsdp, tensor=tensor, stage=stage)
     if gpus is not None and layout.num_devices != gpus:
         raise ConfigError(f"--gpus is {gpus}, but data * fsdp * tensor * stage = {layout.num_devices}")
     return layout
 
 
 def job_of(arguments: Arguments) -> "Job":
+    from falcon_jax.config import FalconConfig
     from falcon_jax.errors import ConfigError
     from falcon_jax.train.planning.job import Job
     from falcon_jax.train.recipes import RECIPES
 
-    config, device, layout = model_config(arguments.model), device_of(arguments), mesh_of(arguments)
+    config, device, layout = FalconConfig.named(arguments.model), device_of(arguments), mesh_of(arguments)
     rows = arguments.batch
     if rows is None:
         if arguments.model not in RECIPES:
@@ -132,8 +147,8 @@ def job_of(arguments: Arguments) -> "Job":
     layout = dataclasses.replace(
         layout,
         num_micro_batches=micro_batches,
-        pipeline_rounds=arguments.rounds,
-        remat=arguments.remat,
+        pipeline_rounds=1 if arguments.rounds is None else arguments.rounds,
+        remat=arguments.remat or "block",
         splits_sequence=arguments.splits_sequence,
     )
     return Job(
@@ -167,36 +182,36 @@ def search_meshes(arguments: Arguments) -> tuple[bool, dict[str, Any]]:
     from falcon_jax.train.planning import report
     from falcon_jax.train.planning.search import search
 
-    if arguments.gpus is None or arguments.gpus < 1 or arguments.compile < 1:
+    num_compiled = 4 if arguments.compile is None else arguments.compile
+    if arguments.gpus is None or arguments.gpus < 1 or num_compiled < 1:
         raise ConfigError("--search takes --gpus of at least 1, and --compile of at least 1")
     # Of the mesh only its size counts.
-    job = job_of(dataclasses.replace(arguments, data=1, fsdp=1, tensor=1, stage=1, gpus=None, micro_batches=1))
-    plans = search(job, arguments.gpus, arguments.compile, progress)
-    print("\n".join([*report.table(plans), "", *report.lines(plans[0])]))
+    job = job_of(dataclasses.replace(arguments, gpus=None, micro_batches=1))
+    plans = search(job, arguments.gpus, num_compiled, progress)
+    print("\n".join([*report.table(plans), "", *report.lines(plans[0], is_chosen=True)]))
     return plans[0].fits, {"model": arguments.model, "plans": [plan.record() for plan in plans]}
 
 
 def plan_serving(arguments: Arguments) -> tuple[bool, dict[str, Any]]:
+    from falcon_jax.config import FalconConfig
     from falcon_jax.errors import ConfigError
     from falcon_jax.train.planning import report
     from falcon_jax.train.planning.serving import serve
 
-    if arguments.search:
-        raise ConfigError("--search is for training: add --train")
     layout = mesh_of(arguments)
     if layout.fsdp * layout.stage > 1:
         raise ConfigError("a model that only runs takes --tensor, and no --fsdp or --stage")
-    rows, rest = divmod(arguments.batch or 1, layout.data)
+    rows, rest = divmod(1 if arguments.batch is None else arguments.batch, layout.data)
     if rest:
         raise ConfigError(f"batch is {arguments.batch} rows; data = {layout.data} must divide it")
     made = serve(
-        model_config(arguments.model),
+        FalconConfig.named(arguments.model),
         device_of(arguments),
         rows=rows,
         length=arguments.length,
         tensor=layout.tensor,
-        dtype=arguments.dtype,
-        weights=arguments.weights,
+        dtype=arguments.dtype or "bfloat16",
+        weights=arguments.weights or "native",
     )
     print("\n".join(report.serving_lines(made)))
     return made.fits, {"model": arguments.model, **made.record()}
@@ -208,6 +223,7 @@ def main() -> int:
     from falcon_jax.errors import exit_code  # late: --help need not wait for JAX
 
     def work() -> int:
+        check(arguments)
         training = search_meshes if arguments.search else plan_training
         fits, record = (training if arguments.train else plan_serving)(arguments)
         if arguments.json:

@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import tyro
 
-from falcon_jax import commands
+from falcon_jax import commands, sharding
 from falcon_jax import options as shared
-from falcon_jax.errors import CheckpointError, ConfigError, one_line
+from falcon_jax.errors import ConfigError, one_line
+from falcon_jax.model import params as model_params
 from falcon_jax.train import processes
 from falcon_jax.train.loop import NotFiniteError, Trainer, prepare_output
 from falcon_jax.train.recipes import RECIPES
 from falcon_jax.train.settings import TrainConfig
 
+MAX_UNSPLIT_SHARE = 0.1  # of the training state, before it is worth a word
 SIGNALLED = 3  # with a checkpoint written
 # Options that say one thing in different ways: given one, a recipe's value for the others is left out.
 ALTERNATIVES = (("steps", "tokens", "time_budget_s"), ("warmup_steps", "warmup_tokens"), ("model", "base"))
@@ -37,20 +40,20 @@ class Arguments:
 
 
 def main() -> int:
-    """The exit code: 0 done or out of --max-seconds, 2 not to be done, 3 stopped by a signal."""
-    try:
+    """The exit code: 0 done or out of --max-seconds, 2 not to be done, 3 stopped by a signal, 130 before any step."""
+
+    def work() -> int:
         arguments = parse(sys.argv[1:])
+        if arguments.tokenize_only and arguments.distributed:
+            raise ConfigError("--tokenize-only is for one process: leave --distributed out")
         if arguments.distributed:
             join_processes()
         commands.use_compilation_cache(arguments.compilation_cache)
         return tokenize(arguments.run) if arguments.tokenize_only else train(arguments.run)
-    except (ValueError, NotImplementedError, NotFiniteError, OSError) as error:
-        known = (ConfigError, CheckpointError, NotFiniteError, OSError)
-        # An attention that is unknown, or that cannot run here, is found when the step is made.
-        if not isinstance(error, known) and "attention: implementation=" not in str(error):
-            raise
-        print(f"train: {one_line(error)}", file=sys.stderr)
-        return 2
+
+    return commands.finish(
+        work, known=NotFiniteError, less="lower --batch-size, raise --num-micro-batches, or take --remat block"
+    )
 
 
 def parse(words: Sequence[str]) -> Arguments:
@@ -99,6 +102,7 @@ def train(config: TrainConfig) -> int:
     trainer = Trainer(config)
     if trainer.step and processes.is_main():
         print(f"{config.output}: goes on from the checkpoint of step {trainer.step}", file=sys.stderr)
+    say_what_is_idle(config, trainer)
     result = trainer.run()
     if processes.is_main():
         best = "not validated yet"
@@ -110,6 +114,29 @@ def train(config: TrainConfig) -> int:
         else:
             print(f"{config.output}: checkpoint of step {result.step}; the same command goes on from there; {best}")
     return SIGNALLED if result.was_signalled else 0
+
+
+def say_what_is_idle(config: TrainConfig, trainer: Trainer) -> None:
+    """What was hardly meant: a warm-up that the run does not get through, GPUs that each hold the same."""
+    total_steps = trainer.total_steps
+    if not processes.is_main():
+        return
+    if total_steps is not None and config.num_warmup_steps > total_steps:
+        print(
+            f"note: warm-up takes {config.num_warmup_steps} steps and the run has {total_steps}: the learning rate "
+            f"never reaches {config.learning_rate}",
+            file=sys.stderr,
+        )
+    if trainer.mesh is None or config.lora:
+        return
+    leaves = model_params.flatten(model_params.abstract(trainer.model_config, jnp.float32))
+    for axis, share in sharding.unsplit_shares(leaves, trainer.mesh).items():
+        if share > MAX_UNSPLIT_SHARE:
+            print(
+                f"note: {share:.0%} of the weights and the optimizer's state lie whole along {axis}, whose size "
+                f"{trainer.mesh.shape[axis]} does not divide them: another division of the GPUs takes less memory",
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":

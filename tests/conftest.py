@@ -20,9 +20,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # On a GPU the workers share its memory, of which JAX otherwise takes three quarters at once and gives nothing back.
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+# Simulated devices wait for one another; where the machine is busy, one that interprets a kernel may take long.
+XLA_FLAGS = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 has_cuda = any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
 if has_cuda:  # the same matrix products in every run, and no time spent on finding faster ones
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    XLA_FLAGS += " --xla_gpu_autotune_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 
 from jaxtyping import install_import_hook
 

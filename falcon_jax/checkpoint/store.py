@@ -27,6 +27,7 @@ from falcon_jax.errors import CheckpointError
 
 # A restore that orbax runs as one piece keeps this much in flight beside what it has delivered.
 _IN_FLIGHT_GB = 2
+_DELETED = ".deleted"  # ends the name of a checkpoint that is being deleted
 
 
 class ArrayFolder:
@@ -121,6 +122,10 @@ class ArrayFolder:
             )
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A training checkpoint whose files are not as they were written. The message says no way out: see the caller's."""
+
+
 class TrainCheckpoints:
     """The checkpoints of a training run in one folder: numbered by step, the last few kept, each checked on restore.
 
@@ -129,7 +134,7 @@ class TrainCheckpoints:
 
     Args:
       folder: made if need be.
-      max_to_keep: older checkpoints are deleted; None keeps all.
+      max_to_keep: older checkpoints are deleted; None keeps all that `delete` is not asked to.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, max_to_keep: int | None = 2):
@@ -137,6 +142,11 @@ class TrainCheckpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
+        self._deleted: set[int] = set()
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves a pytree of arrays, and a JSON-able dict beside it, as checkpoint `step`.
@@ -155,11 +165,26 @@ class TrainCheckpoints:
 
     def all_steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        return sorted(set(self._manager.all_steps()) - self._deleted)
 
     def latest_step(self) -> int | None:
         """The last complete checkpoint's step, or None."""
         return max(self.all_steps(), default=None)
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint that is on disk. A process killed in the midst leaves none that counts.
+
+        Of several processes one may do so alone; the others go on listing it.
+        """
+        deleted = self._folder / f"{step}{_DELETED}"
+        os.rename(self._folder / str(step), deleted)
+        shutil.rmtree(deleted)
+        self._deleted.add(step)
+
+    def sweep(self) -> None:
+        """Removes what processes killed in `delete` left. Of several processes one may do so alone."""
+        for left in self._folder.glob(f"*{_DELETED}"):
+            shutil.rmtree(left)
 
     def restore(self, abstract_state: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The state of checkpoint `step` (the latest if None), and the metadata saved with it.
@@ -169,7 +194,8 @@ class TrainCheckpoints:
             what is returned. A leaf without a sharding goes to JAX's default device.
 
         Raises:
-          CheckpointError: there is none, it holds another state than that, or its bits have changed.
+          CheckpointError: there is none, it holds another state than that, or cannot be read; of these
+            DamagedCheckpointError where its bits have changed.
         """
         step = self._existing(step)
         where, about = str(self._folder / str(step)), self._about(step)
@@ -181,10 +207,15 @@ class TrainCheckpoints:
         try:
             restored = self._manager.restore(step, args=request)["state"]
         except Exception as error:
-            raise CheckpointError(f"{where}: cannot read its arrays: {_first_line(error)}") from error
+            known = (
+                CheckpointError
+                if isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
+                else (DamagedCheckpointError)
+            )
+            raise known(f"{where}: cannot read its arrays: {_first_line(error)}") from error
         for name, text in checksum.checksums(restored).items():
             if text != stored[name]["checksum"]:
-                raise CheckpointError(f"{where}: {name} has changed since it was saved: restore an earlier step")
+                raise DamagedCheckpointError(f"{where}: {name} has changed since it was saved")
         leaves = [restored[name] for name in targets]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), about["metadata"]
 
@@ -192,12 +223,14 @@ class TrainCheckpoints:
         """The metadata saved with checkpoint `step` (the latest if None), without reading its state.
 
         Raises:
-          CheckpointError: there is none, or its description cannot be read.
+          CheckpointError: there is none; DamagedCheckpointError: its description cannot be read.
         """
         return self._about(self._existing(step))["metadata"]
 
     def _existing(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
+        if step is not None and step not in self.all_steps():
+            self._manager.reload()  # another process may have seen it sooner, on a disk of the network
         if step is None or step not in self.all_steps():
             wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise CheckpointError(f"{self._folder} holds {wanted}; there are {self.all_steps() or 'none'}")
@@ -210,11 +243,9 @@ class TrainCheckpoints:
             recorded = about.pop("sha256")
         except Exception as error:  # orbax and json raise many types for damaged files
             where = self._folder / str(step)
-            raise CheckpointError(f"{where}: cannot read its description: {_first_line(error)}") from error
+            raise DamagedCheckpointError(f"{where}: cannot read its description: {_first_line(error)}") from error
         if _digest(about) != recorded:
-            raise CheckpointError(
-                f"{self._folder / str(step)}: its description has changed since it was saved: restore an earlier step"
-            )
+            raise DamagedCheckpointError(f"{self._folder / str(step)}: its description has changed since it was saved")
         return about
 
     def wait(self) -> None:

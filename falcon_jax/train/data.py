@@ -7,13 +7,15 @@ tokenizer's fingerprint.
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -40,6 +42,7 @@ def tokenize_corpus(
     valid_share: float | None = None,
     check: tuple[int, int] | None = (0, 1),
     shard_tokens: int = shards.SHARD_TOKENS,
+    accept: Callable[[str], None] = lambda digest: None,
 ) -> dict[str, Split]:
     """The splits "train" and "valid" as tokens, from `cache` where this corpus lies there, else tokenized into it.
 
@@ -47,22 +50,58 @@ def tokenize_corpus(
     a machine without the text can train. One process at a time may tokenize into a folder.
 
     data, text_field, valid_share: see `sources.Source`. check: which files' checksums are compared, see
-    `shards.open_tokens`. shard_tokens: at which a file ends, with the document.
+    `shards.open_tokens`. shard_tokens: at which a file ends, with the document. accept: told the tokens' digest
+    (`shards.read_digest`) before they take the place of others in `cache`, which stay as they are if it raises.
 
     Raises: ConfigError where the corpus cannot be read or lacks a split, the tokenizer has no end-of-text token, or
     tokens are damaged or were made with another tokenizer.
     """
     if shards.is_token_folder(data):
+        accept(shards.read_digest(data))
         return load_tokens(data, tokenizer_folder, check)
-    source = Source(data, text_field, valid_share, scratch=cache)
+    source = Source(data, text_field, valid_share)
     identity = {"tokenizer_sha256": _fingerprint(tokenizer_folder), **source.identity()}
-    if not _holds(cache, identity):
+    incoming = cache.with_name(f"{cache.name}.incoming")
+    if _holds(cache, identity):
+        shutil.rmtree(incoming, ignore_errors=True)  # of a process that was lost
+        accept(shards.read_digest(cache))
+        return shards.open_tokens(cache, check)
+    # Whole tokens may be those of a run: others are made beside them.
+    making = incoming if any(map(shards.is_token_folder, (cache, incoming))) else cache
+    if not _holds(making, identity):
         tokenizer, separator = Tokenizer.from_folder(tokenizer_folder), end_of_text_id(tokenizer_folder)
-        with shards.TokenWriter(cache, identity, tokenizer.vocab_size, shard_tokens) as writer:
-            for stale in cache.glob(f"{UNPACKED_PREFIX}*"):  # of a process that was lost
+        with shards.TokenWriter(making, identity, tokenizer.vocab_size, shard_tokens) as writer:
+            for stale in making.glob(f"{UNPACKED_PREFIX}*"):  # of a process that was lost
                 shutil.rmtree(stale)
-            _write_tokens(source, tokenizer, separator, writer)
+            _write_tokens(dataclasses.replace(source, scratch=making), tokenizer, separator, writer)
+    try:
+        accept(shards.read_digest(making))
+    except ConfigError:
+        if making != cache:
+            shutil.rmtree(making)
+        raise
+    if making != cache:
+        (cache / shards.LISTING).unlink(missing_ok=True)  # first: a folder that is half deleted counts for nothing
+        shutil.rmtree(cache, ignore_errors=True)
+        making.rename(cache)
     return shards.open_tokens(cache, check)
+
+
+def describe_corpus(
+    data: Path, tokenizer_folder: Path, *, text_field: str = "text", valid_share: float | None = None
+) -> dict[str, Any]:
+    """What is known of a corpus's tokens before they are made, JSON-able: what they are made with, and how.
+
+    Files that are moved or touched change nothing here. A folder of tokens answers as the corpus that it was made of.
+
+    Raises: ConfigError where there is no tokenizer, or a folder of tokens cannot be read.
+    """
+    if shards.is_token_folder(data):
+        made_of = shards.read_identity(data)
+    else:
+        made_of = Source(data, text_field, valid_share).identity()
+    known = {"tokenizer_sha256": _fingerprint(tokenizer_folder)}
+    return known | {name: made_of[name] for name in ("hub", "text_field", "valid_share")}
 
 
 def load_tokens(folder: Path, tokenizer_folder: Path, check: tuple[int, int] | None = (0, 1)) -> dict[str, Split]:

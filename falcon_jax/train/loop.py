@@ -27,14 +27,18 @@ from falcon_jax.train import schedule as train_schedule
 from falcon_jax.train.batches import Batches, place_rows
 from falcon_jax.train.metrics import bits_per_byte, require_tensorboard
 from falcon_jax.train.reporting import Reporter
-from falcon_jax.train.saving import Progress, RunCheckpoints
-from falcon_jax.train.settings import TrainConfig, check_same_run
+from falcon_jax.train.saving import Progress, RunCheckpoints, weights_of
+from falcon_jax.train.settings import TrainConfig, check_same_run, record_run
 from falcon_jax.train.shards import Split
 from falcon_jax.train.step import State
 
 
 class NotFiniteError(ArithmeticError):
     """A loss or gradient was NaN or infinite: names the step. The weights are those before it."""
+
+
+class _SignalledError(Exception):
+    """A process was told to end while the steps stood still, and all know it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Trainer:
         self._evaluate = processes.everywhere(self._trainee.evaluate, self.mesh)
 
         self.total_steps = config.total_steps
+        self._stopping, self._in_pauses = threading.Event(), processes.Agreement()
         self._spent_s = 0.0  # by earlier processes of this run
         self._validated_step = -1
         self._kept = RunCheckpoints(config.output)
@@ -107,28 +112,38 @@ class Trainer:
         self._first_step = self.step
         self._paused_s = 0.0
         self._saved_step, self._saved_at = self.step, time.monotonic()
-        agreement = processes.Agreement()
-        self._reporter = Reporter(self.config, self.model_config, self._batches, self.step, self.total_steps)
+        self._shapes: set[tuple[int, ...]] = set()
+        self._reporter = Reporter(
+            self.config, self.model_config, self._batches, self.step, self._validated_step, self.total_steps
+        )
         with (
             contextlib.closing(self._kept),
             contextlib.closing(self._reporter),
-            processes.signals() as stopping,
+            processes.signals() as self._stopping,
             self._batches.stream(self.step) as batches,
         ):
-            if self.config.base is not None and self._validated_step < 0:
-                self._validate()  # how good it was before
-            result = self._train(batches, agreement, stopping)
+            try:
+                if self._lacks_validation():
+                    self._validate()
+                result = self._train(batches)
+            except _SignalledError:
+                self._save()
+                result = self._result(is_complete=False, was_signalled=True)
         # What is being written is on disk: a process that ends sooner could have the others killed before that.
         processes.wait_for_all("the run has ended")
         return result
 
-    def _train(
-        self, batches: Iterator[tuple[Any, ...]], agreement: processes.Agreement, stopping: threading.Event
-    ) -> Result:
+    def _lacks_validation(self) -> bool:
+        """Whether the one that is due at this step was not made: of a base that of before; or a signal came first."""
+        is_due = self.step % self.config.validate_every == 0 if self.step else self.config.base is not None
+        return is_due and self._validated_step < self.step
+
+    def _train(self, batches: Iterator[tuple[Any, ...]]) -> Result:
+        agreement = processes.Agreement()
         while self.total_steps is None or self.step < self.total_steps:
             self._advance(batches)
             was_signalled, is_out_of_time, is_late = agreement.ask(
-                stopping.is_set(), self._is_out_of_time(), self._is_checkpoint_late()
+                self._stopping.is_set(), self._is_out_of_time(), self._is_checkpoint_late()
             )
             is_stopping = was_signalled or is_out_of_time
             is_late = is_late and self.step - self._saved_step > agreement.lag  # asked before the last one
@@ -139,17 +154,25 @@ class Trainer:
                     self._reporter.draw()
                 return self._result(is_complete=False, was_signalled=was_signalled)
         self._settle_pending()
-        if self._validated_step < self.step:
+        if self._validated_step < self.step or self._kept.best is None:
             self._validate()
         self._save()
+        for _ in range(self._in_pauses.lag + 1):  # till an answer is to what was asked here
+            self._end_if_signalled()
         self._export()
         self._reporter.draw()
         return self._result(is_complete=True, was_signalled=False)
 
     def _result(self, *, is_complete: bool, was_signalled: bool) -> Result:
-        best_step = self._kept.best_step
-        best = bits_per_byte(self._kept.best_nats, self._valid.num_bytes) if best_step >= 0 else math.nan
-        return Result(self.step, is_complete, was_signalled, best, best_step)
+        best = self._kept.best
+        bits = math.nan if best is None else bits_per_byte(best.nats, self._valid.num_bytes)
+        return Result(self.step, is_complete, was_signalled, bits, -1 if best is None else best.step)
+
+    def _end_if_signalled(self) -> None:
+        """Call as often in every process. With several the answer is to an earlier call, or none would be alike."""
+        (was_signalled,) = self._in_pauses.ask(self._stopping.is_set())
+        if was_signalled:
+            raise _SignalledError
 
     def _is_out_of_time(self) -> bool:
         limit_s = self.config.max_seconds
@@ -164,8 +187,14 @@ class Trainer:
         config = self.config
         tokens, *num_used = next(batches)
         rate = np.float32(config.rate(self.step, self.total_steps))
+        is_compiled = tokens.shape in self._shapes
+        self._shapes.add(tokens.shape)
+        if not is_compiled:
+            jax.block_until_ready(self.state)  # or it would work on while the host compiles
         began = time.monotonic()
         self.state, metrics = self._trainee.step(self.state, tokens, rate, *num_used)
+        if not is_compiled:
+            self._pause(time.monotonic() - began)
         self.step += 1
         self._reporter.add(self.step, metrics)
         if self.step == self._first_step + 1:
@@ -180,7 +209,7 @@ class Trainer:
             self._validate()
 
     def _report(self, up_to: int) -> None:
-        bad = self._reporter.report(up_to, self.step, self.total_steps, self.elapsed_s())
+        bad = self._reporter.report(up_to, self.total_steps, self.elapsed_s())
         if bad is not None:
             raise NotFiniteError(
                 f"the loss or its gradient was not finite at step {bad}, whose batch lies in "
@@ -206,13 +235,19 @@ class Trainer:
         """Nats of the validation split; keeps the weights where they are the best yet. Returns seconds taken."""
         self._settle_pending()
         began = time.monotonic()
-        weights = self.state.get("ema", self.state["params"])
+        weights = weights_of(self.state)
         nats = self.validation_nats(weights)
         if not math.isfinite(nats):
             raise NotFiniteError(f"the validation loss is not finite after step {self.step}")
         is_best = self._kept.offer(self.step, weights, nats)
-        self._validated_step = self.step
         seconds = time.monotonic() - began
+        if self._validated_step < self.step:  # not a second time, for the time that it takes
+            self._write_validation(nats, is_best=is_best, seconds=seconds)
+        self._validated_step = self.step
+        self._pause(seconds)
+        return seconds
+
+    def _write_validation(self, nats: float, *, is_best: bool, seconds: float) -> None:
         nats_per_token = nats / (len(self._valid.tokens) - len(self._valid.starts))
         bits = bits_per_byte(nats, self._valid.num_bytes)
         self._reporter.write(
@@ -229,15 +264,17 @@ class Trainer:
         self._reporter.say(
             f"step {self.step}: validation {nats_per_token:.4f} nats a token, {bits:.4f} bits a byte{best}"
         )
-        self._pause(seconds)
-        return seconds
 
     def validation_nats(self, params: model_params.Params) -> float:
         """Total nats of the validation split; each token in one window, which does not overlap others."""
         windows = evaluation.cut_windows(self._valid, self.config.length)
-        rows = self.config.batch_size // self.config.step.num_micro_batches
         return evaluation.total_nats(
-            self._evaluate, params, windows, rows, place=lambda rows: place_rows(rows, self.mesh)
+            self._evaluate,
+            params,
+            windows,
+            self.config.batch_size // self.config.step.num_micro_batches,
+            place=lambda rows: place_rows(rows, self.mesh),
+            advance=lambda _: self._end_if_signalled(),
         )
 
     def _save(self) -> float:
@@ -294,16 +331,25 @@ def prepare_output(config: TrainConfig) -> dict[str, Split]:
 
     Raises: ConfigError where the corpus cannot be read, or the folder holds another run.
     """
+    record = config.output / "run.json"
+    source: dict[str, Any] = {"text_field": config.text_field, "valid_share": config.valid_share}
+    known = train_data.describe_corpus(config.data, config.tokenizer_folder, **source)
+    check_same_run(config, known, record)  # before hours may go into tokens
+
+    def accept(digest: str) -> None:
+        known["tokens_sha256"] = digest
+        check_same_run(config, known, record)
+
     splits = train_data.tokenize_corpus(
         config.data,
         config.tokenizer_folder,
         config.output / "tokens",
-        text_field=config.text_field,
-        valid_share=config.valid_share,
+        **source,
         check=(jax.process_index(), jax.process_count()),
+        accept=accept,
     )
     config.output.mkdir(parents=True, exist_ok=True)
-    check_same_run(config, config.output / "run.json")
+    record_run(config, known, record)
     return splits
 
 

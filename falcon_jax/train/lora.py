@@ -168,13 +168,12 @@ def gradients(
     def objective(adapters: Params, number: Array) -> tuple[Array, LossSums]:
         mine = jax.lax.dynamic_index_in_dim(tokens, number, keepdims=False)
         keys = None if key is None else row_keys(jax.random.fold_in(key, number), jnp.arange(R, dtype=jnp.int32))
-        value, sums = loss_of(model, adapters, frozen, mine, keys)
-        return value / num_targets, sums
+        return loss_of(model, adapters, frozen, mine, keys)
 
     differentiate = jax.grad(objective, has_aux=True)
     zeros = jax.tree.map(jnp.zeros_like, adapters)
     grads, sums = train_step.accumulated(lambda number: differentiate(adapters, number), zeros, A, num_used)
-    return grads, LossSums(*(x / num_targets for x in sums))
+    return train_step.mean_of(grads, num_targets), LossSums(*(x / num_targets for x in sums))
 
 
 def loss_of(

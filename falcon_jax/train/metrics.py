@@ -30,13 +30,17 @@ class Sink(Protocol):
 class MetricsFile:
     """Appends one JSON object a line, each with a "kind" ("train" or "valid") and a "step"; flushed at once."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        """Drops what a lost run wrote after `resume_step` (0: all of it), so that no step stands in the file twice."""
-        lines = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= resume_step]
-        kept = lines if resume_step else []
+    def __init__(self, path: Path, resume_step: int, validated_step: int) -> None:
+        """Drops what a lost run wrote after `resume_step` (0: all of it), so that no step stands in the file twice.
+
+        validated_step: the last one whose validation is not done again, which may be an earlier one.
+        """
+        last_steps = {"valid": min(resume_step, validated_step)}
+        known = read_records(path) if resume_step else []
+        kept = [record for record in known if record["step"] <= last_steps.get(record["kind"], resume_step)]
         # By a rename: a process that is lost right here must not take the curve so far with it.
         incoming = path.with_name(f"{path.name}.incoming")
-        incoming.write_text("".join(kept), encoding="utf-8")
+        incoming.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(incoming, path)
         self._file = path.open("a", encoding="utf-8")
 

@@ -6,6 +6,7 @@ talks to anybody.
 """
 
 import collections
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from falcon_jax.errors import ConfigError
 from falcon_jax.model.params import Params
+
+MAX_WAIT_MS = 7 * 24 * 3600 * 1000  # for process 0; where it is lost the service is, and the wait ends at once
+DONE = "done"
+_turns = itertools.count()  # of main_first, alike in all processes
 
 
 def is_main() -> bool:
@@ -29,20 +35,25 @@ def is_main() -> bool:
 def main_first[T](work: Callable[[], T]) -> T:
     """Runs `work` in process 0, and when it is done there in the others: files that are made once and read by all.
 
+    However long that takes: the others wait for a word through the service that JAX's processes found each other by,
+    and not in a collective, which gives up after a time (gloo's after 30 s).
+
     Raises: in process 0 what `work` raises; in the others then ConfigError, so that none waits for it.
     """
     if jax.process_count() == 1:
         return work()
+    service: Any = distributed.global_state.client
+    key = f"falcon_jax/main_first/{next(_turns)}"
     if not is_main():
-        if not multihost_utils.broadcast_one_to_all(np.int32(0)):
+        if service.blocking_key_value_get(key, MAX_WAIT_MS) != DONE:
             raise ConfigError("process 0 could not begin the run; its message says why")
         return work()
     try:
         result = work()
     except BaseException:
-        multihost_utils.broadcast_one_to_all(np.int32(0))
+        service.key_value_set(key, "failed")
         raise
-    multihost_utils.broadcast_one_to_all(np.int32(1))
+    service.key_value_set(key, DONE)
     return result
 
 
@@ -62,15 +73,13 @@ def everywhere(function: Callable[..., jax.Array], mesh: Mesh | None) -> Callabl
 
 
 def on_main(params: Params, dtype: Any) -> Params:
-    """Weights in `dtype` that process 0 can read, all of them in its own memory; what others get is of no use.
-
-    With one process they stay on the devices as they are.
-    """
-    if jax.process_count() == 1:
-        return params
+    """Weights in `dtype` in process 0's own memory, one array after the other; other processes get nothing of use."""
 
     def fetched(leaf: jax.Array) -> np.ndarray | None:
-        whole = multihost_utils.process_allgather(leaf.astype(dtype), tiled=True)
+        rounded = leaf.astype(dtype)
+        if jax.process_count() == 1:
+            return np.asarray(rounded)
+        whole = multihost_utils.process_allgather(rounded, tiled=True)
         return np.asarray(whole) if is_main() else None
 
     return jax.tree.map(fetched, params)

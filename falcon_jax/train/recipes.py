@@ -4,7 +4,13 @@ Source: tokens, rates, warm-up, batch, ramp length, sequence length, weight deca
 the models' cards on Hugging Face (tiiuae/falcon-rw-1b, -7b, -40b, -180B). No card gives Adam's betas and epsilon; that
 of falcon-rw-1b says its settings were adapted from GPT-3's, so GPT-3's stand here for all (Brown et al., 2020, appendix
 B: 0.9, 0.95, 1e-8, and gradients clipped at 1). No card says how the ramp begins or in what steps it goes: ours begins
-with one row a replica (in a pipeline one for each stage) and adds as many at a time.
+with one row a replica (in a pipeline one for each stage) and adds as many at a time. None says what is computed again
+in the backward pass: ours is what fits into 40 GB, by scripts/plan.py.
+
+The cards' data-parallel degree, with ZeRO, is data * fsdp here: in a pipeline both gather the weights once a step, so
+that only what they split differs. The training state is split along the models' widths, which are 71, 29 or 1 times a
+power of two: 3 divides none of them, so where the degree has that factor it is `data`, over which the state lies whole,
+and the rest is `fsdp`, over which it is split.
 """
 
 import dataclasses
@@ -26,8 +32,10 @@ class Recipe:
     ramp_tokens: int
     data: int
     gpus: int
+    fsdp: int = 1
     tensor: int = 1
     stage: int = 1
+    remat: str = "none"
     length: int = LENGTH
     weight_decay: float = 0.1
     z_loss: float = 1e-4
@@ -39,12 +47,12 @@ class Recipe:
     @property
     def num_micro_batches(self) -> int:
         """Of one row a replica."""
-        return self.batch_rows // self.data
+        return self.batch_rows // (self.data * self.fsdp)
 
     def settings(self) -> dict[str, Any]:
         """By the names of `settings.TrainConfig` and `step.StepOptions`."""
-        shared = ("model", "tokens", "warmup_tokens", "ramp_tokens", "length", "tensor", "stage", "weight_decay")
-        shared += ("z_loss", "beta1", "beta2", "epsilon", "max_grad_norm", "num_micro_batches")
+        shared = ("model", "tokens", "warmup_tokens", "ramp_tokens", "length", "fsdp", "tensor", "stage", "remat")
+        shared += ("weight_decay", "z_loss", "beta1", "beta2", "epsilon", "max_grad_norm", "num_micro_batches")
         return {name: getattr(self, name) for name in shared} | {
             "learning_rate": self.peak_rate,
             "min_rate_ratio": self.final_rate / self.peak_rate,
@@ -77,7 +85,9 @@ RECIPES: dict[str, Recipe] = {
             batch_rows=2304,
             ramp_tokens=30_000_000_000,
             stage=2,
-            data=192,
+            data=3,
+            fsdp=64,
+            remat="stage",
             gpus=384,
         ),
         Recipe(
@@ -90,7 +100,9 @@ RECIPES: dict[str, Recipe] = {
             ramp_tokens=100_000_000_000,
             tensor=8,
             stage=4,
-            data=12,
+            data=3,
+            fsdp=4,
+            remat="stage",
             gpus=384,
         ),
         Recipe(
@@ -104,6 +116,7 @@ RECIPES: dict[str, Recipe] = {
             tensor=8,
             stage=8,
             data=64,
+            remat="stage",
             gpus=4096,
         ),
     )

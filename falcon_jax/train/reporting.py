@@ -5,6 +5,7 @@ all must learn of a loss that is not finite; process 0 alone writes.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,15 @@ class Reporter:
     """Takes each step's metrics as they are on the device, and writes them when they are due."""
 
     def __init__(
-        self, config: TrainConfig, model: FalconConfig, batches: Batches, first_step: int, total_steps: int | None
+        self,
+        config: TrainConfig,
+        model: FalconConfig,
+        batches: Batches,
+        first_step: int,
+        validated_step: int,
+        total_steps: int | None,
     ) -> None:
-        """first_step: steps that were done before this process."""
+        """first_step: steps that were done before this process. validated_step: the last one validated before it."""
         self._config, self._batches, self._ramp = config, batches, config.ramp
         self._pending: list[tuple[int, Metrics]] = []
         self._shown_step = self._timed_step = first_step
@@ -39,7 +46,7 @@ class Reporter:
         self._first_step_s: float | None = None  # until it is written
         self._sinks: list[Sink] = []
         if processes.is_main():
-            self._sinks.append(MetricsFile(config.output / METRICS_FILE, first_step))
+            self._sinks.append(MetricsFile(config.output / METRICS_FILE, first_step, validated_step))
             if config.tensorboard:
                 self._sinks.append(TensorBoard(config.output / EVENTS_FOLDER, first_step))
         self._bar = tqdm(
@@ -62,22 +69,33 @@ class Reporter:
         self._stopwatch.start()
         self._timed_step = self._pending[-1][0]
 
-    def report(self, up_to: int, now: int, total_steps: int | None, elapsed_s: float) -> int | None:
+    def report(self, up_to: int, total_steps: int | None, elapsed_s: float) -> int | None:
         """Writes the steps up to `up_to` (0: none) as one record. Waits for no later ones.
 
-        now: steps handed to the device. elapsed_s: of the run so far.
+        elapsed_s: of the run so far.
 
-        Returns: the first step whose loss or gradient was not finite, counted from 0; then nothing is written.
+        Returns: the first step whose loss or gradient was not finite, counted from 0; those before it are written.
         """
         ready = [(step, metrics) for step, metrics in self._pending if step <= up_to]
         if not ready:
             return None
         self._pending = self._pending[len(ready) :]
         values = jax.device_get([metrics for _, metrics in ready])
-        last, step = values[-1], ready[-1][0]
-        if last["first_bad_step"] >= 0:
-            return int(last["first_bad_step"])
-        self._measure(now)
+        self._measure(ready[-1][0])
+        bad = int(values[-1]["first_bad_step"])
+        if bad < 0:
+            self._write_steps(ready[-1][0], values, total_steps, elapsed_s)
+            return None
+        finite = [value for (step, _), value in zip(ready, values) if step <= bad]
+        if finite:
+            self._write_steps(bad, finite, total_steps, elapsed_s)
+        return bad
+
+    def _write_steps(
+        self, step: int, values: Sequence[dict[str, Any]], total_steps: int | None, elapsed_s: float
+    ) -> None:
+        """One record of the steps with these metrics, of which `step` is the last."""
+        last = values[-1]
         loss = float(np.mean([value["loss"] for value in values]))
         rate = self._config.rate(step - 1, total_steps)
         record = {
@@ -100,15 +118,19 @@ class Reporter:
         self._bar.set_postfix_str(f"loss {loss:.4f}{speed}{mfu}, lr {rate:.2e}", refresh=False)
         self._bar.update(step - self._shown_step)
         self._shown_step = step
-        return None
 
-    def _measure(self, now: int) -> None:
-        """Of the steps handed to the device since the last report, which keeps pace with them; the steps reported are
-        older, and of those it is not known when they ended."""
-        if now > self._timed_step:
-            num_tokens = self._ramp.tokens_before(now) - self._ramp.tokens_before(self._timed_step)
+    def _measure(self, done: int) -> None:
+        """Of the steps that ended since the last report: up to `done`, for which it waited, and later ones that have
+        ended too. Of those that the device was only handed it is not known when they will end."""
+        for step, metrics in self._pending:
+            loss: Any = metrics["loss"]
+            if not loss.is_ready():
+                break
+            done = step
+        if done > self._timed_step:
+            num_tokens = self._ramp.tokens_before(done) - self._ramp.tokens_before(self._timed_step)
             self._tokens_per_s = num_tokens / self._stopwatch.read_s()
-            self._timed_step = now
+            self._timed_step = done
 
     def _speed(self) -> dict[str, float]:
         """Nothing before there is a step after the first, and no MFU where the device's peak is not known."""

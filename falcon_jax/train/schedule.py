@@ -25,9 +25,9 @@ class Schedule:
     min_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.peak <= 0 or self.warmup < 0 or not 0 <= self.min_ratio <= 1:
+        if not 0 < self.peak < math.inf or self.warmup < 0 or not 0 <= self.min_ratio <= 1:
             raise ConfigError(
-                f"learning rate {self.peak} must be above 0, warm-up {self.warmup} at least 0, "
+                f"learning rate {self.peak} must be a number above 0, warm-up {self.warmup} at least 0, "
                 f"and the lowest share {self.min_ratio} between 0 and 1"
             )
 

@@ -5,20 +5,24 @@ import functools
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import falcon_jax
 from falcon_jax import checkpoint
 from falcon_jax.checkpoint import hub
-from falcon_jax.config import PRESETS, FalconConfig
+from falcon_jax.config import FalconConfig
 from falcon_jax.errors import ConfigError
 from falcon_jax.model.adapters import LoRA
+from falcon_jax.model.step import ForwardOptions
 from falcon_jax.train.data import end_of_text_id
 from falcon_jax.train.schedule import BatchRamp, Schedule
 from falcon_jax.train.step import StepOptions
 
-BUNDLED_MODEL = Path(falcon_jax.__file__).parent / "assets" / "falcon-nano"
+BUNDLED_NAME = "falcon-nano"
+BUNDLED_MODEL = Path(falcon_jax.__file__).parent / "assets" / BUNDLED_NAME
+MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,12 +98,15 @@ class TrainConfig:
     remat: Literal["none", "block", "products", "stage"] = "none"
     """What the backward pass computes again, for less memory: nothing; blocks, a third more time; all of a block but
     its products; in a pipeline, all that a stage does with a micro-batch."""
+    remat_layers: int | None = None
+    """How many layers, from the first on, that is done to; all if left out."""
     data_parallel: int = 1
-    """Devices that split the rows and hold all weights."""
+    """Devices that split the rows, and weights and optimizer between steps: a step gathers each weight once."""
     fsdp: int = 1
-    """Devices that split the rows and the weights."""
+    """Devices that split them too, but gather a weight when a block needs it, and again backward: slower, in less
+    memory. In a pipeline the same as data_parallel."""
     tensor: int = 1
-    """Devices that split the heads and the MLP."""
+    """Devices that split heads, MLP and vocabulary."""
     stage: int = 1
     """Devices that split the layers, as stages of a pipeline."""
     step: StepOptions = dataclasses.field(default_factory=StepOptions)
@@ -125,6 +132,8 @@ class TrainConfig:
             raise ConfigError(
                 f"batch_size is {self.batch_size}; data_parallel * fsdp * num_micro_batches = {rows} must divide it"
             )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
         if self.model is not None and self.base is not None:
             raise ConfigError(f"model is {self.model!r} and base {self.base!r}, which has a configuration: give one")
         if self.lora:
@@ -133,7 +142,31 @@ class TrainConfig:
             self.adapters()
         elif self.base_weights != "native":
             raise ConfigError(f"base_weights is {self.base_weights!r}, which only frozen weights can be: give lora too")
+        self._check_idle()
         self._check_schedule()
+
+    def _check_idle(self) -> None:
+        """Refuses settings that would do nothing beside the others."""
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        is_set = {name: getattr(self, name) != default for name, default in fields.items()}
+        needless = [
+            (not self.lora, [name for name in ("lora_rank", "lora_alpha", "lora_targets") if is_set[name]], "lora"),
+            (not self.ramp_tokens, ["ramp_start_rows"] if is_set["ramp_start_rows"] else [], "ramp_tokens"),
+            (self.stage == 1, ["pipeline_rounds"] if self.step.pipeline_rounds > 1 else [], "stage above 1"),
+            (self.tensor == 1, ["splits_sequence"] if self.step.splits_sequence else [], "tensor above 1"),
+            (self.remat == "none", ["remat_layers"] if is_set["remat_layers"] else [], "remat"),
+            (self.stage == 1, ["remat 'stage'"] if self.remat == "stage" else [], "stage above 1"),
+        ]
+        for is_idle, names, needed in needless:
+            if is_idle and names:
+                raise ConfigError(f"{names[0]} is for a run with {needed}: give that too, or leave it out")
+        if self.lora and self.step.splits_sequence:
+            raise ConfigError("splits_sequence is not for adapters: leave it out, or train without lora")
+        if self.remat_layers is not None and (self.remat_layers < 1 or self.stage > 1):
+            raise ConfigError(
+                f"remat_layers is {self.remat_layers} with stage {self.stage}; it must be at least 1, and a pipeline "
+                "takes no such number"
+            )
 
     def _check_schedule(self) -> None:
         self.schedule()
@@ -187,23 +220,18 @@ class TrainConfig:
         """Raises: ConfigError where `model` is neither a preset nor a file; CheckpointError where `base` is none."""
         if self.base is not None:
             return checkpoint.read_config(self.base_folder)
-        name = self.model or "falcon-nano"
-        if name in PRESETS:
-            return PRESETS[name]
-        if not Path(name).exists():
-            raise ConfigError(f"model {name!r} is neither a file nor one of {', '.join(PRESETS)}")
-        return FalconConfig.from_hf(Path(name))
+        return FalconConfig.named(self.model or BUNDLED_NAME)
 
     @property
     def model_name(self) -> str:
         """For people to read."""
-        return Path(self.base or self.model or "falcon-nano").name
+        return Path(self.base or self.model or BUNDLED_NAME).name
 
     @functools.cached_property
     def base_folder(self) -> Path:
         """The folder of `base`, fetched where it is on the hub."""
         assert self.base is not None
-        return BUNDLED_MODEL if self.base == "falcon-nano" else hub.local_folder(self.base)
+        return BUNDLED_MODEL if self.base == BUNDLED_NAME else hub.local_folder(self.base)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -217,6 +245,11 @@ class TrainConfig:
         separator = end_of_text_id(self.tokenizer_folder) if self.mask_documents else None
         return dataclasses.replace(self.step, separator=separator)
 
+    @property
+    def forward(self) -> ForwardOptions:
+        """How the model runs."""
+        return ForwardOptions(attention=self.attention, remat=self.remat, num_remat_layers=self.remat_layers)
+
     def adapters(self) -> LoRA:
         """What adapters are trained. Raises: ConfigError where there are none such."""
         return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets)
@@ -227,27 +260,64 @@ class TrainConfig:
         shared["ramp_tokens"] = self.ramp_tokens
         if self.ramp_tokens:
             shared |= {"ramp_start_rows": self.ramp.start_rows, "ramp_quantum_rows": self.ramp.quantum}
-        shared |= {"base": self.base, "lora": dataclasses.asdict(self.adapters()) if self.lora else None}
+        shared |= {"base": self.base, "base_weights": self.base_weights}
+        shared["lora"] = dataclasses.asdict(self.adapters()) if self.lora else None
         shared["stages"] = (self.stage, self.step.pipeline_rounds) if self.stage > 1 else None
         step = {f"step.{name}": value for name, value in dataclasses.asdict(self.step_options).items()}
         return {**self.model_config().to_hf(), **shared, **step}
 
 
-def check_same_run(config: TrainConfig, path: Path) -> None:
-    """Records the run's identity at `path`, or compares with the one recorded there.
+def check_same_run(config: TrainConfig, data: Mapping[str, object], path: Path) -> None:
+    """Compares the run's identity with the one recorded at `path`, where there is one.
+
+    data: what is known of its tokens so far. A setting that was not recorded, since an earlier version had none such,
+    counts as its default.
 
     Raises: ConfigError naming the first setting that differs.
     """
-    identity = json.loads(json.dumps(config.identity()))  # as it comes back: tuples are lists
+    if not path.is_file():
+        return
+    identity = _identity(config, data)
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    defaults = _defaults(recorded)
+    for name, value in identity.items():
+        former = recorded.get(name, defaults.get(name, value))
+        if former != value:
+            raise ConfigError(f"{path.parent} holds a run {_difference(config, name, former, value)}")
+    for name, former in recorded.items():
+        # Not named above: a later version's setting, or of the data what is not known yet.
+        if name not in identity and not name.startswith(_DATA) and former != defaults.get(name):
+            raise ConfigError(f"{path.parent} holds a run {_difference(config, name, former, None)}")
+
+
+def record_run(config: TrainConfig, data: Mapping[str, object], path: Path) -> None:
+    """Writes the run's identity to `path`, where there is none."""
     if not path.is_file():
         incoming = path.with_name(f"{path.name}.incoming")
-        incoming.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        incoming.write_text(json.dumps(_identity(config, data), indent=2) + "\n", encoding="utf-8")
         os.replace(incoming, path)  # a process that is lost in between leaves no half file
-        return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    for name in identity.keys() | recorded.keys():
-        if identity.get(name) != recorded.get(name):
-            raise ConfigError(
-                f"{path.parent} holds a run with {name} = {recorded.get(name)!r}, and this one has "
-                f"{identity.get(name)!r}: take the same value, or another --output"
-            )
+
+
+_DATA = "data."  # begins the names of what identifies the tokens
+
+
+def _identity(config: TrainConfig, data: Mapping[str, object]) -> dict[str, object]:
+    identity = config.identity() | {f"{_DATA}{name}": value for name, value in data.items()}
+    return json.loads(json.dumps(identity))  # as it comes back: tuples are lists
+
+
+def _defaults(recorded: Mapping[str, object]) -> dict[str, object]:
+    """What an identity has where nothing was asked for; for the model's part, where its configuration says nothing."""
+    run = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    step = {f"step.{name}": value for name, value in dataclasses.asdict(StepOptions()).items()}
+    model = FalconConfig.from_hf(recorded).to_hf()
+    return {**run, "lora": None, "stages": None, **step, **model}
+
+
+def _difference(config: TrainConfig, name: str, former: object, value: object) -> str:
+    if name == f"{_DATA}tokens_sha256":
+        return f"on other tokens than those of {config.data}: give the same data, or another --output"
+    if name == f"{_DATA}tokenizer_sha256":
+        return f"with another tokenizer than {config.tokenizer_folder}: give the same one, or another --output"
+    shown = name.removeprefix(_DATA)
+    return f"with {shown} = {former!r}, and this one has {value!r}: take the same value, or another --output"

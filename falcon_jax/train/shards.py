@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -164,6 +165,14 @@ def is_token_folder(folder: Path) -> bool:
 def read_identity(folder: Path) -> dict[str, Any]:
     """What the tokens of a folder were made from. Raises: ConfigError where its listing is damaged or of old."""
     return _Listing.read(folder / LISTING).identity
+
+
+def read_digest(folder: Path) -> str:
+    """One number for all tokens of a folder and how they fall into splits, documents and files: from the listing's
+    sizes and checksums, not from the files. Raises: ConfigError where the listing is damaged or of old."""
+    listing = _Listing.read(folder / LISTING)
+    shards = {split: [dataclasses.asdict(shard) for shard in listed] for split, listed in listing.shards.items()}
+    return hashlib.sha256(json.dumps([listing.dtype.str, shards], sort_keys=True).encode()).hexdigest()
 
 
 def open_tokens(folder: Path, check: tuple[int, int] | None = (0, 1)) -> dict[str, Split]:

@@ -8,12 +8,14 @@ The one trap: what is summed over devices must be scaled by the whole batch's ta
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Integer, Key
 
@@ -43,15 +45,17 @@ class StepOptions:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     decay_embedding: bool = True  # tied to the head in most models, whose logits decay keeps small
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # 0: gradients are not clipped
     z_loss: float = 1e-4
     ema_decay: float = 0.0  # 0: no average is kept
     num_micro_batches: int = 1  # of a batch, one after the other; in a pipeline a multiple of its stages
     loss_chunk_tokens: int = 4096  # whose logits exist at once
-    compute_dtype: str = "bfloat16"
+    compute_dtype: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(COMPUTE_DTYPES)}}}")] = "bfloat16"
     dropout: float = 0.0  # of what blocks add to the residual; helps where the data is seen many times
     dropout_seed: int = 0
-    separator: int | None = None  # token that begins a document, which then sees no earlier one; None: they do
+    separator: Annotated[int | None, tyro.conf.Suppress] = (
+        None  # token that begins a document, which then sees no earlier one; None: they do
+    )
     pipeline_rounds: int = 1  # times that a micro-batch goes around a pipeline's stages
     splits_sequence: bool = False  # between blocks tokens lie split over "tensor": less memory, the same traffic
 
@@ -61,6 +65,14 @@ class StepOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ConfigError(f"compute_dtype is {self.compute_dtype!r}; it must be one of {', '.join(COMPUTE_DTYPES)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 < self.epsilon < math.inf:
+            raise ConfigError(f"epsilon is {self.epsilon}; it must be a number above 0")
+        for name in ("weight_decay", "max_grad_norm", "z_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number of at least 0 (0: none)")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1 (0: none)")
         if not 0 <= self.ema_decay < 1:
@@ -81,7 +93,7 @@ def decay_mask(params: Params, decay_embedding: bool) -> Params:
 def make_optimizer(options: StepOptions) -> optax.GradientTransformation:
     """Clipping, Adam, then weight decay; the updates still have to be scaled by minus the learning rate."""
     return optax.chain(
-        optax.clip_by_global_norm(options.max_grad_norm),
+        optax.clip_by_global_norm(options.max_grad_norm) if options.max_grad_norm else optax.identity(),
         optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
         optax.add_decayed_weights(
             options.weight_decay, mask=functools.partial(decay_mask, decay_embedding=options.decay_embedding)
@@ -290,9 +302,9 @@ def make_gradients(
 
         def local(params: Params, tokens: Array, rows: Array, key: Array | None, num_used: Array | None):
             num_targets = (A if num_used is None else num_used) * R * (columns - 1)
-            grads, sums = _local_gradients(run, options, layout, params, tokens, rows, key, num_used, num_targets)
+            grads, sums = _local_gradients(run, options, layout, params, tokens, rows, key, num_used)
             sums = train_weights.total(LossSums(*(x / num_targets for x in sums)), mesh)
-            return train_weights.reduced(grads, layout), sums
+            return mean_of(train_weights.reduced(grads, layout), num_targets), sums
 
         arguments = (params, tokens, jnp.arange(R, dtype=jnp.int32), key, num_used)
         if mesh is not None:
@@ -336,9 +348,9 @@ def _local_gradients(
     rows: Integer[Array, " R"],
     key: Key[Array, ""] | None,
     num_used: Integer[Array, ""] | None,
-    num_targets: int | Array,
 ) -> tuple[Params, LossSums]:
-    """What one device's rows (and layers) give: its part of the gradients, as the sinks have them, and of the sums.
+    """What one device's rows (and layers) give: its part of the gradients of the loss's sum over all targets, as the
+    sinks have them, and of the sums.
 
     rows: each row's number in its whole micro-batch.
     """
@@ -352,8 +364,7 @@ def _local_gradients(
         return jax.vmap(lambda number, key=key: row_keys(jax.random.fold_in(key, number), rows))(numbers)
 
     def objective(sinks: Params, tokens: Array, hidden_of: Callable[[Params], Array]) -> tuple[Array, LossSums]:
-        value, sums = _loss(run, weights, sinks, layout, hidden_of(sinks), tokens[..., 1:], options)
-        return value / num_targets, sums
+        return _loss(run, weights, sinks, layout, hidden_of(sinks), tokens[..., 1:], options)
 
     if num_stages(run.mesh) > 1:
         keys = keys_of(jnp.arange(A, dtype=jnp.int32))
@@ -374,6 +385,15 @@ def _local_gradients(
         return jax.grad(objective, has_aux=True)(sinks, mine, forward)
 
     return accumulated(of_micro_batch, sinks, A, num_used)
+
+
+def mean_of(gradients: Params, num_targets: int | Array) -> Params:
+    """From the gradients of a sum over all targets to those of the mean.
+
+    Divided at last, and in float32: of a batch of millions of targets each one's share of the mean is less than float16
+    can tell from nothing.
+    """
+    return jax.tree.map(lambda leaf: leaf / num_targets, gradients)
 
 
 def accumulated(

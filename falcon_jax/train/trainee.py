@@ -14,13 +14,12 @@ from jax.sharding import Mesh
 from falcon_jax import checkpoint
 from falcon_jax.checkpoint.peft_files import write_adapter
 from falcon_jax.config import FalconConfig
-from falcon_jax.model.decoder import ForwardOptions
 from falcon_jax.model.params import Params
 from falcon_jax.train import lora, processes
 from falcon_jax.train import step as train_step
 from falcon_jax.train.final import write_model
 from falcon_jax.train.lora import AdaptedModel
-from falcon_jax.train.settings import TrainConfig
+from falcon_jax.train.settings import BUNDLED_NAME, TrainConfig
 from falcon_jax.train.step import Metrics, State
 
 EXPORT_DTYPE = "bfloat16"
@@ -52,8 +51,7 @@ class _WholeModel:
     def __init__(self, run: TrainConfig, mesh: Mesh | None) -> None:
         self.config = run.model_config()
         self._run, self._mesh = run, mesh
-        forward = ForwardOptions(attention=run.attention, remat=run.remat)
-        arguments = (self.config, run.step_options, forward, mesh)
+        arguments = (self.config, run.step_options, run.forward, mesh)
         self.step = train_step.make_train_step(*arguments)
         self.evaluate = train_step.make_eval_step(*arguments)
 
@@ -67,9 +65,11 @@ class _WholeModel:
         return train_step.abstract_state(self.config, self._run.step_options, self._mesh)
 
     def export(self, weights: Params, output: Path) -> None:
-        whole = processes.on_main(train_step.model_of(weights, self._mesh), EXPORT_DTYPE)
+        # To the host before a pipeline's layers are taken apart, which on the devices would put all of them on each.
+        whole = processes.on_main(weights, EXPORT_DTYPE)
         if processes.is_main():
-            write_model(self.config, whole, output / "model", self._run.tokenizer_folder, EXPORT_DTYPE)
+            model = train_step.model_of(whole, self._mesh)
+            write_model(self.config, model, output / "model", self._run.tokenizer_folder, EXPORT_DTYPE)
 
 
 class _Adapters:
@@ -78,8 +78,7 @@ class _Adapters:
         loaded = checkpoint.load(run.base_folder, dtype=dtype, weights=run.base_weights, mesh=mesh)
         self.config, self._frozen = loaded.config, loaded.params
         self._run = run
-        forward = ForwardOptions(attention=run.attention, remat=run.remat)
-        self._model = AdaptedModel(self.config, run.adapters(), run.step_options, forward, mesh)
+        self._model = AdaptedModel(self.config, run.adapters(), run.step_options, run.forward, mesh)
         step, evaluate = lora.make_train_step(self._model), lora.make_eval_step(self._model)
         self.step = lambda state, *rest: step(state, self._frozen, *rest)
         self.evaluate = lambda adapters, *rest: evaluate(adapters, self._frozen, *rest)
@@ -93,4 +92,5 @@ class _Adapters:
     def export(self, weights: Params, output: Path) -> None:
         whole = processes.on_main(weights, "float32")
         if processes.is_main():
-            write_adapter(output / "adapter", self.config, self._model.lora, whole, base_model=str(self._run.base))
+            base = str(self._run.base_folder if self._run.base == BUNDLED_NAME else self._run.base)
+            write_adapter(output / "adapter", self.config, self._model.lora, whole, base_model=base)

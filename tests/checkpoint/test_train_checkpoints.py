@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from falcon_jax import sharding
-from falcon_jax.checkpoint.store import TrainCheckpoints
+from falcon_jax.checkpoint.store import DamagedCheckpointError, TrainCheckpoints
 from falcon_jax.errors import CheckpointError
 
 
@@ -66,6 +66,47 @@ def test_only_the_last_checkpoints_are_kept_and_the_latest_is_restored(tmp_path)
             again.restore(make_state(), step=1)
 
 
+def test_a_deleted_checkpoint_is_gone_and_what_is_left_of_it_counts_for_nothing(tmp_path, monkeypatch):
+    with TrainCheckpoints(tmp_path, max_to_keep=None) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_state(float(step)))
+        checkpoints.wait()
+        checkpoints.delete(2)
+        assert checkpoints.all_steps() == [1, 3]
+        with monkeypatch.context() as context:
+            context.setattr("shutil.rmtree", lambda path: None)  # killed before it
+            checkpoints.delete(3)
+    with TrainCheckpoints(tmp_path, max_to_keep=None) as again:
+        assert again.all_steps() == [1]
+        again.sweep()
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
+        assert equal(again.restore(make_state())[0], make_state(1.0))
+
+
+def test_a_checkpoint_that_another_process_wrote_since_is_found(tmp_path):
+    with TrainCheckpoints(tmp_path) as here:
+        with TrainCheckpoints(tmp_path) as there:
+            there.save(5, make_state())
+        assert equal(here.restore(make_state(), step=5)[0], make_state())
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(3)})
+        checkpoints.wait()
+        restore = checkpoints._manager.restore
+
+        def full(step, args):
+            if "state" in args.keys():  # noqa: SIM118
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            return restore(step, args=args)
+
+        monkeypatch.setattr(checkpoints._manager, "restore", full)
+        with pytest.raises(CheckpointError, match="RESOURCE_EXHAUSTED") as raised:
+            checkpoints.restore({"w": jnp.zeros(3)})
+        assert not isinstance(raised.value, DamagedCheckpointError)
+
+
 def test_a_state_saved_on_one_mesh_restores_onto_another(tmp_path, cpu_devices):
     mesh = sharding.make_mesh(fsdp=4, tensor=2, devices=cpu_devices)
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
@@ -109,7 +150,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_is_of_nothing_that_is_read(tmp_
                 path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
                 try:
                     restored, found = checkpoints.restore(state)
-                except CheckpointError:
+                except DamagedCheckpointError:
                     outcomes.add("refused")
                 else:
                     assert equal(state, restored) and found == metadata, path
@@ -133,7 +174,7 @@ def test_a_description_that_was_changed_is_refused(tmp_path, old, new):
         path = tmp_path / "1" / "about" / "metadata"
         path.write_bytes(path.read_bytes().replace(old, new))
         for read in (checkpoints.metadata, lambda: checkpoints.restore(state)):
-            with pytest.raises(CheckpointError, match="its description has changed"):
+            with pytest.raises(DamagedCheckpointError, match="its description has changed"):
                 read()
 
 

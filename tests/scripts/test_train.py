@@ -1,8 +1,10 @@
 """scripts/train.py and scripts/train_tokenizer.py from the command line: exit codes, one line for what is wrong."""
 
+import dataclasses
 import json
 import re
 import shlex
+import types
 import typing
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jax
 import pytest
 import yaml
 
+from falcon_jax import sharding
 from falcon_jax.checkpoint import load
 from falcon_jax.tokenizer import Tokenizer
 from falcon_jax.train.recipes import RECIPES
@@ -111,7 +114,7 @@ def test_what_cannot_be_trained_is_one_line_and_code_2(train, changes, said):
     assert (code, out) == (2, "")
     # Progress bars may have begun.
     [line] = [line for line in errors.splitlines() if line and not line.startswith(("tokenizing:", "training:"))]
-    assert line.startswith("train: ") and said in line
+    assert line.startswith("error: ") and said in line
 
 
 @pytest.mark.parametrize(
@@ -151,11 +154,59 @@ def test_a_recipe_stands_where_no_option_says_otherwise(equals):
         0.1,
     )
     assert plain.learning_rate * plain.min_rate_ratio == pytest.approx(1.2e-5)
-    words = ["--batch-size", "24", "--steps=70", "--warmup_steps", "5", "--data-parallel", "2", "--stage", "1"]
+    words = ["--batch-size", "24", "--steps=70", "--warmup_steps", "5", "--data-parallel", "2", "--fsdp", "1"]
+    words += ["--stage", "1", "--remat", "none"]
     changed = parse(["--data", "d", "--output", "o", *words, *recipe]).run
     assert (changed.batch_size, changed.data_parallel, changed.stage, changed.length) == (24, 2, 1, 2048)
     assert (changed.steps, changed.tokens, changed.warmup_steps, changed.warmup_tokens) == (70, None, 5, None)
     assert (changed.learning_rate, changed.ramp_tokens, changed.ramp.start_rows) == (6e-4, 30 * 10**9, 2)
+
+
+def test_what_a_run_would_not_get_to_is_said_before_it_begins(capsys, tmp_path, corpus, tokenizer_folder):
+    module, train_config = commands.load_script("train"), toys.run_config(tmp_path, corpus, tokenizer_folder)
+    trainer = types.SimpleNamespace(total_steps=4, mesh=None, model_config=toys.MODEL)
+    module.say_what_is_idle(dataclasses.replace(train_config, warmup_steps=4), trainer)
+    assert capsys.readouterr().err == ""
+    module.say_what_is_idle(dataclasses.replace(train_config, warmup_steps=5), trainer)
+    assert "warm-up takes 5 steps and the run has 4" in capsys.readouterr().err
+
+    # Widths of 32 fall into 8 parts and not into 5.
+    for size, said in ((8, False), (5, True)):
+        trainer.mesh = sharding.make_mesh(data=size, devices=range(8))
+        module.say_what_is_idle(train_config, trainer)
+        assert ("lie whole along data, whose size 5" in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lora-rank", "4"], "lora_rank is for a run with lora"),
+        (["--ramp-start-rows", "8"], "ramp_start_rows is for a run with ramp_tokens"),
+        (["--pipeline-rounds", "2"], "pipeline_rounds is for a run with stage above 1"),
+        (["--splits-sequence"], "splits_sequence is for a run with tensor above 1"),
+        (["--remat-layers", "2"], "remat_layers is for a run with remat"),
+        (["--remat", "block", "--remat-layers", "0"], "remat_layers is 0"),
+        (["--seed", "99999999999999999999"], "seed is 99999999999999999999; it must be from 0 to 4294967295"),
+        (["--max-grad-norm", "-1"], "max_grad_norm is -1.0"),
+        (["--learning-rate", "nan"], "learning rate nan must be a number above 0"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(call, options, said):
+    code, out, errors = call("train", "--data", "d", "--output", "o", "--steps", "3", *options)
+    assert (code, out) == (2, "")
+    assert said in " ".join(line.strip("│ ") for line in errors.splitlines())
+
+
+def test_memory_that_runs_out_is_one_line(train, monkeypatch):
+    from falcon_jax.train import loop
+
+    def run_out(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(loop.Trainer, "run", run_out)
+    code, _, errors = train()
+    assert code == 2
+    assert "error: the device's memory ran out; lower --batch-size, raise --num-micro-batches" in errors
 
 
 def options_of_sbatch() -> tuple[list[str], int]:
@@ -206,7 +257,7 @@ def test_processes_join_before_anything_else_or_say_why_not(train, monkeypatch):
     finally:
         jax.config.update("jax_enable_preemption_service", before)
     assert (code, out, calls) == (2, "", [False])
-    assert errors.startswith("train: --distributed: coordinator_address should be defined.: start one process")
+    assert errors.startswith("error: --distributed: coordinator_address should be defined.: start one process")
     assert errors.count("\n") == 1
 
 

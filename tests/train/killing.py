@@ -187,6 +187,7 @@ def curve(config: TrainConfig) -> list[tuple[Any, ...]]:
         "tokens",
         "nats_per_token",
         "bits_per_byte",
+        "is_best",
     )
     records = read_records(config.output / "metrics.jsonl")
     return [tuple(record.get(name) for name in names) for record in records]
@@ -207,7 +208,8 @@ def _load_all(config: TrainConfig, say: Callable[[str], None]) -> None:
 
 
 def run_config(folder: Path, **changes: Any) -> TrainConfig:
-    """Eight steps of the toy model, each of them in the metrics."""
+    """Eight steps of the toy model, each of them in the metrics. The last checkpoint is older than the validation of
+    its step, and the best weights of step 6 lie past a checkpoint to go on from."""
 
     def write_data(_: Any) -> None:
         toys.write_tokenizer(folder / "tokenizer", toys.write_corpus(folder / "corpus"))
@@ -215,7 +217,7 @@ def run_config(folder: Path, **changes: Any) -> TrainConfig:
     if not (folder / "corpus").exists():  # in a child, since learning a vocabulary leaves threads behind
         assert fork(write_data, folder / "data.log").wait() == 0
     config = toys.run_config(folder, folder / "corpus", folder / "tokenizer")
-    settings = {"steps": 8, "warmup_steps": 3, "log_every": 1, "validate_every": 4, "checkpoint_every": 3}
+    settings = {"steps": 8, "warmup_steps": 3, "log_every": 1, "validate_every": 3, "checkpoint_every": 4}
     return dataclasses.replace(config, **(settings | changes))
 
 
@@ -228,7 +230,7 @@ def chain(folder: Path) -> dict[str, Any]:
     whole = dataclasses.replace(config, output=folder / "whole")
     codes = [fork(training(whole, cache=folder / "cache"), folder / "whole.log").wait()]
     first_steps, loaded = [], []
-    for moment in ("compile", "commit 6 in checkpoints", "evaluation 8", "model", ""):
+    for moment in ("compile", "commit 8 in checkpoints", "evaluation 8", "model", ""):
         child = fork(training(config, die_at=moment, cache=folder / "cache"), folder / "killed.log")
         phases = list(child.phases())
         codes.append(child.wait())
@@ -245,8 +247,9 @@ def chain(folder: Path) -> dict[str, Any]:
 
 
 def several(folder: Path) -> dict[str, Any]:
-    """Four processes: a whole run; one that loses a process; and its continuation, which one process is told to end."""
-    config = run_config(folder, fsdp=NUM_DEVICES * NUM_PROCESSES // 2, tensor=2, validate_every=8)
+    """Four processes: a whole run; one that loses a process; and its continuation, which one process is told to end,
+    first while it trains and then in the last validation."""
+    config = run_config(folder, fsdp=NUM_DEVICES * NUM_PROCESSES // 2, tensor=2, validate_every=8, checkpoint_every=3)
     model = dataclasses.replace(toys.MODEL, num_layers=1)
     (folder / "config.json").write_text(json.dumps(model.to_hf()))
     whole = dataclasses.replace(config, output=folder / "whole")
@@ -263,6 +266,8 @@ def several(folder: Path) -> dict[str, Any]:
     lost_codes, lost = launch("lost.log", whole, config, process_2={"die_at": "step 6"})
     lost_curve = curve(config)
     resumed_codes, resumed = launch("resumed.log", config, process_1={"stop_at": "step 5"})
+    resumed_curve = curve(config)
+    paused_codes, paused = launch("paused.log", config, process_3={"stop_at": "evaluation 8"})
     return {
         "lost_codes": lost_codes,
         "lost_phases": lost,
@@ -270,7 +275,10 @@ def several(folder: Path) -> dict[str, Any]:
         "resumed_phases": resumed,
         "whole_curve": curve(whole),
         "lost_curve": lost_curve,
-        "resumed_curve": curve(config),
+        "resumed_curve": resumed_curve,
+        "paused_codes": paused_codes,
+        "paused_phases": paused,
+        "paused_curve": curve(config),
         "files": sorted(path.name for path in whole.output.iterdir()),
     }
 

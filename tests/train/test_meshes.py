@@ -22,6 +22,7 @@ CASES = {
     "rounds": ("falcon-7b", (1, 1, 1, 2), {"rounds": 2, "remat": "stage"}),
     "data, fsdp and tensor": ("falcon-rw-1b", (2, 2, 2, 1), {"remat": "products", "dropout": 0.3}),
     "fsdp, tensor and stage": ("falcon2-11b", (1, 2, 2, 2), {"remat": "block", "dropout": 0.3}),
+    "heads that do not divide": ("falcon-7b", (1, 2, 2, 1), {"remat": "block"}),
     "data, tensor and stage": ("falcon-180b", (2, 1, 2, 2), {"remat": "stage"}),
 }
 

@@ -16,22 +16,35 @@ from falcon_jax.train.metrics import MetricsFile, TensorBoard, device_memory, re
 
 def test_what_a_lost_run_wrote_past_its_checkpoint_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, 0)
+    file = MetricsFile(path, 0, -1)
     for step in (1, 2, 3):
         file.write("train", step, loss=1 / step)
     file.close()
     with path.open("a") as half:
         half.write('{"kind": "train", "st')
-    file = MetricsFile(path, 2)
+    file = MetricsFile(path, 2, 2)
     file.write("train", 3, loss=0.25)
     file.close()
     assert [(record["step"], record["loss"]) for record in read_records(path)] == [(1, 1.0), (2, 0.5), (3, 0.25)]
 
 
+def test_a_validation_that_is_made_again_stands_there_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(f'{{"kind": "{kind}", "step": {step}}}\n' for step in (3, 8) for kind in ("train", "valid"))
+    )
+    MetricsFile(path, 8, 3).close()
+    assert [(record["kind"], record["step"]) for record in read_records(path)] == [
+        ("train", 3),
+        ("valid", 3),
+        ("train", 8),
+    ]
+
+
 def test_a_run_that_begins_anew_drops_everything(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "valid", "step": 0}\n{"kind": "train", "step": 1}\n')
-    MetricsFile(path, 0).close()
+    MetricsFile(path, 0, -1).close()
     assert read_records(path) == []
 
 
@@ -44,7 +57,7 @@ def test_a_process_lost_while_it_drops_records_keeps_the_file(tmp_path: Path, mo
 
     monkeypatch.setattr(metrics.os, "replace", lost)
     with pytest.raises(KeyboardInterrupt):
-        MetricsFile(path, 1)
+        MetricsFile(path, 1, 1)
     assert read_records(path) == [{"kind": "train", "step": 1}]
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from falcon_jax import sharding
 from falcon_jax.config import PRESETS
 from falcon_jax.errors import ConfigError
 from falcon_jax.train.planning import compiler, cost, devices, hlo, report, search, serving
-from falcon_jax.train.planning.job import Job, Layout, StateBytes, state_bytes
+from falcon_jax.train.planning.job import Job, Layout, StateBytes, mesh_of_nothing, state_bytes, unsplit_shares
 from falcon_jax.train.planning.plan import Plan
 
 # data 2 x fsdp 2 x tensor 4 over two machines; sharding.make_mesh puts neighbours of the topology on "tensor" first.
@@ -160,6 +161,29 @@ def test_state_bytes_are_twelve_a_parameter_split_as_the_mesh_does():
 
 
 @pytest.mark.parametrize(
+    ("mesh", "lost"),
+    [
+        ({"data": 64}, {}),
+        ({"data": 2, "fsdp": 32, "stage": 2}, {}),
+        ({"data": 192, "stage": 2}, {"data": 1}),  # 192 does not divide 4544 = 64 * 71
+        ({"data": 3, "fsdp": 64}, {"data": 1}),
+        ({"data": 64, "fsdp": 3}, {"data": 1, "fsdp": 1}),  # what is outside of it goes along
+        ({"data": 3, "tensor": 8}, {"data": 1, "tensor": 0.1936}),  # nor does 8 divide 71 heads
+    ],
+)
+def test_what_an_axis_fails_to_split_of_the_state_is_told_as_a_share(mesh, lost):
+    layout = Layout(**mesh, num_micro_batches=2)
+    found = unsplit_shares(Job(config=PRESETS["falcon-7b"], device=A100, layout=layout, rows=2 * 192))
+    assert found == {axis: pytest.approx(share, abs=1e-3) for axis, share in lost.items()}
+
+
+def test_what_the_table_leaves_whole_is_not_lost():
+    leaves = {"final_norm.weight": np.zeros(9), "layers.0.mlp.up.weight": np.zeros((9, 9))}
+    assert sharding.unsplit_shares(leaves, mesh_of_nothing(data=3, tensor=3)) == {}
+    assert sharding.unsplit_shares(leaves, mesh_of_nothing(data=2)) == {"data": 81 / 90}
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"data": 12}, "beyond 8 they come in machines of as many"),
@@ -168,6 +192,8 @@ def test_state_bytes_are_twelve_a_parameter_split_as_the_mesh_does():
         ({"stage": 5, "num_micro_batches": 96}, "24 layers do not fall into 5 stages"),
         ({"stage": 4, "num_micro_batches": 6}, "a multiple of its 4 stages"),
         ({"remat": "stage"}, "take 'block'"),
+        ({"pipeline_rounds": 2}, "rounds is 2, which a pipeline alone has"),
+        ({"splits_sequence": True}, "split over tensor, which is 1"),
     ],
 )
 def test_a_layout_that_does_not_come_out_is_refused(changes, said):
@@ -216,3 +242,44 @@ def test_a_verdict_says_by_how_much_in_both_units(program):
     roomy = dataclasses.replace(plan, compiled=dataclasses.replace(compiled, peak_bytes=A100.usable_bytes - 2**30))
     assert report.lines(roomy)[-1].startswith("fits: 1.07 GB (1.00 GiB) a GPU to spare")
     assert plan.working_bytes == plan.peak_bytes - 3 * 10**9
+
+
+def test_a_plan_says_what_jax_must_be_told_what_is_not_split_and_what_could_be_faster(program):
+    times = cost.times(program, A100)
+
+    def lines_of(peak_share: float, layout: Layout, *, is_chosen: bool = False) -> list[str]:
+        asked = Job(config=PRESETS["falcon-rw-1b"], device=A100, layout=layout, rows=96)
+        compiled = compiler.Compiled(
+            peak_bytes=round(peak_share * A100.memory_bytes),
+            argument_bytes=0,
+            program=program,
+            rematerializations=(),
+            seconds=1.0,
+        )
+        plan = Plan(job=asked, state=StateBytes(10**9, 2 * 10**9), compiled=compiled, times=times)
+        return report.lines(plan, is_chosen=is_chosen)
+
+    whole, thirds = Layout(data=4, remat="none"), Layout(data=3, tensor=8, num_micro_batches=8)
+    told = "; it takes 0.78 of it and JAX by itself 0.75: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9"
+    assert lines_of(0.78, whole)[-1].endswith(told)
+    for share in (0.74, 0.85):
+        assert "MEM_FRACTION" not in lines_of(share, whole)[-1]
+    assert "  state not split    nothing that the mesh is meant to split" in lines_of(0.5, whole)
+    assert "  state not split    100.0% over data 3, which does not divide it" in lines_of(0.5, thirds)
+    faster = "50% of the memory is left: fewer --micro-batches or less --remat could be faster"
+    assert lines_of(0.4, thirds)[-2] == faster
+    assert faster not in lines_of(0.4, thirds, is_chosen=True)
+    assert lines_of(0.7, thirds)[-2] == lines_of(0.4, whole)[-2] == lines_of(0.9, thirds)[-2] == ""
+    in_pipeline = dataclasses.replace(thirds, tensor=2, stage=4)  # fewer would leave it idle for longer
+    assert lines_of(0.4, in_pipeline)[-2].endswith("is left: less --remat could be faster")
+
+
+def test_a_search_compiles_the_best_of_each_mesh_and_then_further_variants():
+    alone = Job(config=PRESETS["falcon-rw-1b"], device=devices.named("h200"), layout=Layout(), rows=16)
+    chosen, num_meshes = search._promising([(search.guess(each), each) for each in search.candidates(alone, 1)], 4)
+    layouts = [each.layout for _, each in chosen]
+    assert num_meshes == 1 and len(set(layouts)) == 4
+    assert (layouts[0].remat, layouts[0].num_micro_batches) == ("none", 1)  # there is room
+    several = [(search.guess(each), each) for each in search.candidates(job(), 8)]
+    chosen, num_meshes = search._promising(several, 6)
+    assert num_meshes > 6 and len({tuple(each.layout.sizes.values()) for _, each in chosen}) == 6

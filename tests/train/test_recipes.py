@@ -7,11 +7,13 @@ import pytest
 
 from falcon_jax.config import PRESETS
 from falcon_jax.train import flops
+from falcon_jax.train.planning import devices
+from falcon_jax.train.planning.job import Job, Layout, state_bytes, unsplit_shares
 from falcon_jax.train.recipes import RECIPES
 from falcon_jax.train.settings import TrainConfig
 from falcon_jax.train.step import StepOptions
 
-# GPUs, tensor, stage, data | tokens, highest and last rate, warm-up | batch, ramp, z-loss
+# GPUs, tensor, stage, data parallel | tokens, highest and last rate, warm-up | batch, ramp, z-loss
 CARDS = {
     "falcon-rw-1b": ((32, 1, 1, 32), (350e9, 2e-4, 2e-5, 0.5e9), (512, 4e9, 0.0)),
     "falcon-7b": ((384, 1, 2, 192), (1.5e12, 6e-4, 1.2e-5, 4e9), (2304, 30e9, 1e-4)),
@@ -33,10 +35,10 @@ def test_there_is_a_recipe_for_each_card() -> None:
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_recipe_says_what_the_card_says(name: str) -> None:
-    (gpus, tensor, stage, data), (tokens, highest, last, warmup), (batch, ramp, z_loss) = CARDS[name]
+    (gpus, tensor, stage, replicas), (tokens, highest, last, warmup), (batch, ramp, z_loss) = CARDS[name]
     recipe, config = RECIPES[name], config_of(name)
     assert (recipe.gpus, config.num_devices) == (gpus, gpus)
-    assert (config.tensor, config.stage, config.data_parallel, config.fsdp) == (tensor, stage, data, 1)
+    assert (config.tensor, config.stage, config.data_parallel * config.fsdp) == (tensor, stage, replicas)
     assert (config.tokens, config.warmup_tokens, config.ramp_tokens) == (tokens, warmup, ramp)
     assert (config.batch_size, config.length, config.model) == (batch, 2048, name)
     step = config.step
@@ -55,8 +57,29 @@ def test_a_recipe_says_what_the_card_says(name: str) -> None:
     assert config.rate(middle - 1, total) == pytest.approx((highest + last) / 2, rel=1e-3)
     # The ramp is over after the tokens it was given, and not before.
     full = config.ramp.num_steps(int(ramp))
-    assert (config.ramp.rows(full), config.ramp.rows(0)) == (batch, data * stage)
+    assert (config.ramp.rows(full), config.ramp.rows(0)) == (batch, replicas * stage)
     assert config.ramp.rows(full - 1) < batch
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_recipe_splits_its_state_over_all_gpus_but_a_factor_of_three(name: str) -> None:
+    recipe, model, config = RECIPES[name], PRESETS[name], config_of(name)
+    layout = Layout(
+        data=config.data_parallel,
+        fsdp=config.fsdp,
+        tensor=config.tensor,
+        stage=config.stage,
+        num_micro_batches=config.step.num_micro_batches,
+        remat=config.remat,
+    )
+    job = Job(config=model, device=devices.named("a100-40"), layout=layout, rows=config.batch_size)
+    whole_over = 3 if recipe.gpus % 3 == 0 else 1
+    assert unsplit_shares(job) == ({"data": pytest.approx(1, abs=1e-4)} if whole_over == 3 else {})
+    assert config.data_parallel == whole_over or whole_over == 1
+    # Norms lie whole everywhere, and on each stage embedding and head.
+    evenly = 12 * model.num_parameters / recipe.gpus * whole_over
+    assert evenly < state_bytes(job).total < 1.06 * evenly
+    assert state_bytes(job).total < 0.15 * job.device.usable_bytes  # the rest is for gradients and activations
 
 
 def test_model_flops_are_six_a_multiplying_parameter_and_the_causal_half_of_attention() -> None:

@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,11 @@ from falcon_jax.config import FalconConfig
 from falcon_jax.errors import ConfigError
 from falcon_jax.model import params as model_params
 from falcon_jax.model.decoder import ForwardOptions
+from falcon_jax.train import loss as train_loss
 from falcon_jax.train import step as train_step
 from falcon_jax.train.step import StepOptions
 from tests import models
+from tests.train import meshes
 
 # One for as many tests as it serves: each other one is another compilation.
 OPTIONS = StepOptions(compute_dtype="float32", loss_chunk_tokens=7, z_loss=0.1, ema_decay=0.999)
@@ -188,6 +192,16 @@ def test_options_out_of_range_are_refused() -> None:
         StepOptions(dropout=1.0)
     with pytest.raises(ConfigError, match="compute_dtype is 'float8'"):
         StepOptions(compute_dtype="float8")
+    for name, value in [("max_grad_norm", -1.0), ("weight_decay", float("nan")), ("z_loss", -1e-4), ("beta1", 2.0)]:
+        with pytest.raises(ConfigError, match=f"{name} is {value}"):
+            dataclasses.replace(OPTIONS, **{name: value})
+    with pytest.raises(ConfigError, match="epsilon is 0"):
+        StepOptions(epsilon=0.0)
+
+
+def test_no_clipping_is_a_limit_that_no_gradient_reaches(model_config: FalconConfig) -> None:
+    states = [run(model_config, dataclasses.replace(OPTIONS, max_grad_norm=limit))[0] for limit in (0.0, 1e9)]
+    jax.tree.map(np.testing.assert_array_equal, *(state["params"] for state in states))
 
 
 def test_micro_batches_that_are_not_used_change_nothing(model_config: FalconConfig) -> None:
@@ -202,6 +216,81 @@ def test_micro_batches_that_are_not_used_change_nothing(model_config: FalconConf
     moments = [jax.tree.leaves(state["optimizer"][1].mu) for state, _ in states]
     for one, other in zip(*moments, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-7)
+
+
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_the_fused_loss_has_the_gradients_of_the_plain_one(is_transposed: bool) -> None:
+    """Leaf by leaf, in both forms of the head, with targets that do not count and a last piece that is not full."""
+    R, T, D, V, z_loss = 3, 7, 16, 50, 0.3
+    hidden = jax.random.normal(jax.random.key(0), (R, T, D))
+    head = jax.random.normal(jax.random.key(1), (V, D) if is_transposed else (D, V))
+    targets = jax.random.randint(jax.random.key(2), (R, T), 0, V)
+    is_real = jax.random.bernoulli(jax.random.key(3), 0.7, (R, T))
+
+    def plain(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        logits = hidden @ (head.T if is_transposed else head)
+        log_total = jax.nn.logsumexp(logits, -1)
+        nats = log_total - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return jnp.where(is_real, nats + z_loss * log_total**2, 0).sum()
+
+    def fused(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        loss_sums: Any = train_loss.loss_sums
+        return loss_sums(hidden, head, is_transposed, targets, is_real, z_loss, 4)[0]
+
+    value, gradients = jax.value_and_grad(plain, (0, 1))(hidden, head)
+    found, found_gradients = jax.jit(jax.value_and_grad(fused, (0, 1)))(hidden, head)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    for one, other in zip(found_gradients, gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_logits_of_a_whole_batch_are_never_made(model_config: FalconConfig) -> None:
+    options = dataclasses.replace(OPTIONS, loss_chunk_tokens=32)
+    state, tokens = train_step.abstract_state(model_config, options), tokens_of(model_config)
+    step: Any = step_of(model_config, options)
+    compiled = step.lower(state, tokens, np.float32(0)).compile().as_text()
+    V, num_tokens = model_config.vocab_size, tokens.shape[0] * (tokens.shape[1] - 1)
+    sizes = {int(rows) for rows in re.findall(rf"[a-z]+\d+\[(\d+),{V}\]", compiled)}
+    assert num_tokens > 32 and 32 in sizes
+    assert not {size for size in sizes if size >= num_tokens and size != model_config.width}
+    assert not re.search(rf"\[{tokens.shape[0]},{tokens.shape[1] - 1},{V}\]", compiled)
+
+
+def test_float16_keeps_the_gradients_of_a_large_batch(model_config: FalconConfig) -> None:
+    """Of 65,536 targets each one's share of the mean would be below what float16 can tell apart."""
+    tokens = np.tile(tokens_of(model_config).astype(np.int32), (512, 1))[None]
+    params = models.random_params(model_config)
+    found: dict[str, Any] = {}
+    for dtype in ("float32", "float16"):
+        options = dataclasses.replace(OPTIONS, compute_dtype=dtype, z_loss=0.0)
+        compute = jax.jit(train_step.make_gradients(model_config, options, ForwardOptions(), None))
+        found[dtype] = model_params.flatten(compute(params, tokens, None, None)[0])
+    for path in ("layers.0.mlp.up.weight", "layers.0.attention.value.weight", "embed.weight"):
+        exact, rounded = (np.asarray(found[dtype][path]) for dtype in found)
+        assert np.linalg.norm(rounded - exact) < 0.01 * np.linalg.norm(exact), path
+
+
+@pytest.mark.parametrize("variant", ["falcon-rw-1b", "falcon-7b"])
+def test_packed_documents_have_the_gradients_of_each_alone(variant: str) -> None:
+    config, separator, sizes = models.tiny(variant, num_layers=2), 3, (7, 1, 9)
+    params = models.random_params(config)
+    generator = np.random.default_rng(0)
+    documents = [np.r_[separator, generator.integers(4, config.vocab_size, size - 1)] for size in sizes]
+    options = dataclasses.replace(OPTIONS, separator=separator)
+    compute = jax.jit(train_step.make_gradients(config, options, ForwardOptions(), None))
+
+    def gradient(tokens: np.ndarray) -> dict[str, np.ndarray]:
+        found, _ = compute(params, jnp.asarray(tokens, jnp.int32)[None, None], None, None)
+        return {path: np.asarray(leaf) for path, leaf in model_params.flatten(found).items()}
+
+    packed = gradient(np.concatenate([*documents, [separator]]))
+    alone = [gradient(np.r_[document, separator]) for document in documents]
+    total = sum(sizes)
+    expected = {
+        path: np.sum([size / total * each[path] for size, each in zip(sizes, alone, strict=True)], axis=0)
+        for path in packed
+    }
+    assert meshes.largest_gap(expected, packed) < 2e-5
 
 
 @pytest.mark.parametrize("variant", ["falcon-40b-alibi", "falcon-7b"])

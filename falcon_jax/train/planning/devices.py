@@ -11,8 +11,11 @@ from falcon_jax.train import flops
 
 GPUS_PER_MACHINE = 8
 # What a plan may fill. The rest is for what no plan counts: the CUDA context, NCCL's buffers, workspaces of cuDNN and
-# cuBLAS, and fragments. Assumed; XLA itself takes 0.75 at its start unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+# cuBLAS, and fragments. Assumed.
 USABLE_SHARE = 0.8
+# What JAX takes of a GPU unless told otherwise by MEMORY_VARIABLE, and what it is told in docs/examples.
+JAX_SHARE, EXAMPLE_SHARE = 0.75, 0.9
+MEMORY_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

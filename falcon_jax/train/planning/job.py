@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import ConfigError
+from falcon_jax.model import params as model_params
 from falcon_jax.model.step import ForwardOptions
 from falcon_jax.train import pipeline
 from falcon_jax.train import step as train_step
@@ -57,7 +58,7 @@ class Job:
 
     packed: documents of a row do not see each other. attention: implementation by name, None for the best.
 
-    Raises: ConfigError where rows, layers or GPUs do not come out even.
+    Raises: ConfigError where rows, layers or GPUs do not come out even, or a part of the layout would change nothing.
     """
 
     config: FalconConfig
@@ -94,6 +95,12 @@ class Job:
                 )
         elif layout.remat == "stage":
             raise ConfigError("remat 'stage' is for a pipeline (stage above 1); take 'block'")
+        elif layout.pipeline_rounds > 1:
+            raise ConfigError(
+                f"rounds is {layout.pipeline_rounds}, which a pipeline alone has (stage above 1); leave it at 1"
+            )
+        if layout.splits_sequence and layout.tensor == 1:
+            raise ConfigError("tokens are to be split over tensor, which is 1; take more, or leave splits-sequence out")
 
     @property
     def num_devices(self) -> int:
@@ -143,6 +150,12 @@ def state_bytes(job: Job) -> StateBytes:
     state = train_step.abstract_state(job.config, job.options(), mesh_of_nothing(**job.layout.sizes))
     parameters = bytes_a_device(state.pop("params"))
     return StateBytes(parameters, bytes_a_device(state))
+
+
+def unsplit_shares(job: Job) -> dict[str, float]:
+    """What ZeRO loses: as sharding.unsplit_shares."""
+    leaves = model_params.flatten(model_params.abstract(job.config, jnp.float32))
+    return sharding.unsplit_shares(leaves, mesh_of_nothing(**job.layout.sizes))
 
 
 def mesh_of_nothing(**sizes: int) -> Mesh:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from typing import Any
 
 from falcon_jax.train import flops
@@ -9,7 +10,7 @@ from falcon_jax.train.planning import compiler, cost
 from falcon_jax.train.planning.compiler import Compiled
 from falcon_jax.train.planning.cost import Times
 from falcon_jax.train.planning.hlo import Collective
-from falcon_jax.train.planning.job import Job, StateBytes, state_bytes
+from falcon_jax.train.planning.job import Job, StateBytes, state_bytes, unsplit_shares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,10 @@ class Plan:
     def working_bytes(self) -> int:
         """Gradients, weights in the compute dtype, activations: all of the peak but the state."""
         return self.peak_bytes - self.state.total
+
+    @functools.cached_property
+    def unsplit_shares(self) -> dict[str, float]:
+        return unsplit_shares(self.job)
 
     @property
     def spare_bytes(self) -> int:
@@ -74,6 +79,7 @@ class Plan:
             "spare_bytes": self.spare_bytes,
             "parameter_bytes": self.state.parameters,
             "optimizer_bytes": self.state.optimizer,
+            "unsplit_shares": self.unsplit_shares,
             "working_bytes": self.working_bytes,
             "largest_values": [{"bytes": size, "type": type, "place": place} for size, type, place in program.largest],
             "collectives": [dataclasses.asdict(collective) for collective in program.collectives],

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from falcon_jax.train.planning import plan as planning
-from falcon_jax.train.planning.devices import Device
+from falcon_jax.train.planning.devices import EXAMPLE_SHARE, JAX_SHARE, MEMORY_VARIABLE, Device
 from falcon_jax.train.planning.plan import Plan
 from falcon_jax.train.planning.serving import ServingPlan
 
 GB, GIB = 1e9, 2**30
+MUCH_SHARE = 0.25  # of the usable memory: so much left over could buy speed
 
 
 def size(num_bytes: int | float) -> str:
@@ -21,13 +22,18 @@ def verdict(plan: Plan) -> str:
 
 def _verdict(device: Device, spare_bytes: int) -> str:
     usable = f"{size(device.usable_bytes)} usable of {size(device.memory_bytes)}, {device.name}"
-    if spare_bytes >= 0:
-        return f"fits: {size(spare_bytes)} a GPU to spare ({usable})"
-    return f"does not fit: {size(-spare_bytes)} a GPU too much ({usable})"
+    if spare_bytes < 0:
+        return f"does not fit: {size(-spare_bytes)} a GPU too much ({usable})"
+    fits = f"fits: {size(spare_bytes)} a GPU to spare ({usable})"
+    needed = (device.usable_bytes - spare_bytes) / device.memory_bytes
+    if needed <= JAX_SHARE:
+        return fits
+    share = max(EXAMPLE_SHARE, device.usable_share)
+    return f"{fits}; it takes {needed:.2f} of it and JAX by itself {JAX_SHARE}: set {MEMORY_VARIABLE}={share:g}"
 
 
-def lines(plan: Plan) -> list[str]:
-    """The whole plan, the verdict last."""
+def lines(plan: Plan, *, is_chosen: bool = False) -> list[str]:
+    """The whole plan, the verdict last. is_chosen: by a search, which has tried what could be faster."""
     job, state, program, times = plan.job, plan.state, plan.compiled.program, plan.times
     device = job.device
     out = [
@@ -38,6 +44,7 @@ def lines(plan: Plan) -> list[str]:
         f"memory of a GPU      {size(plan.peak_bytes)} at the peak",
         f"  parameters         {size(state.parameters)}",
         f"  optimizer          {size(state.optimizer)}",
+        f"  state not split    {_unsplit(plan)}",
         f"  gradients and all  {size(plan.working_bytes)}, of which the largest values are",
         *(f"    {size(number)}  {type}  {_place(place)}" for number, type, place in program.largest),
         "",
@@ -59,9 +66,26 @@ def lines(plan: Plan) -> list[str]:
         f"                     {plan.tokens_per_s:,.0f} tokens/s, {plan.tokens_per_s / job.num_devices:,.0f} a GPU; "
         f"MFU {plan.mfu:.1%}" + (f"; a pipeline idle for {plan.idle_share:.1%}" if job.layout.stage > 1 else ""),
         "",
-        verdict(plan),
     ]
-    return out
+    out += [] if is_chosen else _what_could_be_faster(plan)
+    return [*out, verdict(plan)]
+
+
+def _unsplit(plan: Plan) -> str:
+    """What of the state an axis was meant to split and does not."""
+    sizes = plan.job.layout.sizes
+    shares = plan.unsplit_shares.items()
+    found = [f"{share:.1%} over {axis} {sizes[axis]}, which does not divide it" for axis, share in shares]
+    return "; ".join(found) or "nothing that the mesh is meant to split"
+
+
+def _what_could_be_faster(plan: Plan) -> list[str]:
+    layout, memory = plan.job.layout, plan.job.device.usable_bytes
+    fewer = ["fewer --micro-batches"] if layout.stage == 1 and layout.num_micro_batches > 1 else []
+    less = ["less --remat"] if layout.remat != "none" else []
+    if plan.spare_bytes < MUCH_SHARE * memory or not fewer + less:
+        return []
+    return [f"{plan.spare_bytes / memory:.0%} of the memory is left: {' or '.join(fewer + less)} could be faster"]
 
 
 def _rematerializations(plan: Plan) -> list[str]:

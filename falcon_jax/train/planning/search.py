@@ -1,7 +1,8 @@
 """Meshes and remat policies for given GPUs: many by arithmetic, the promising ones compiled.
 
 The arithmetic is rough (a factor of 1.3 off is usual) and only decides what is worth a compilation; what is reported is
-of compiled steps alone. Of each mesh the arithmetically fastest variant that may fit goes on.
+of compiled steps alone. Of each mesh the arithmetically fastest variant that may fit goes on; where there are fewer
+meshes than may be compiled, as for one GPU, the next best variants too.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from falcon_jax.train.planning.job import Job, Layout, mesh_of_nothing
 from falcon_jax.train.planning.plan import Plan, make
 
 MAX_STAGES = 16
-ROWS_A_DEVICE = (1, 2, 4, 8)
+ROWS_A_DEVICE = (1, 2, 4, 8, 16, 32)
 MIXED_BYTES = 2 + 4  # of a parameter while a step runs: bfloat16, and its gradient's float32 sum
 STATE_BYTES = 12  # of a parameter between steps: float32 weight and two moments
 
@@ -43,30 +44,25 @@ def search(
 
     Args:
       job: all but its layout, which is chosen here.
-      num_compiled: how many meshes are compiled, each of which takes up to minutes.
+      num_compiled: how many steps are compiled, each of which takes up to minutes.
       on_progress: gets a line before and after each compilation.
 
     Raises: ConfigError where no mesh of so many GPUs takes the batch.
     """
-    best: dict[tuple[int, ...], tuple[Guess, Job]] = {}
-    count = 0
-    for candidate in candidates(job, num_devices):
-        count += 1
-        found = guess(candidate)
-        key = tuple(candidate.layout.sizes.values())
-        if key not in best or _rank(found, candidate) < _rank(*best[key]):
-            best[key] = found, candidate
-    if not best:
+    found = [(guess(candidate), candidate) for candidate in candidates(job, num_devices)]
+    if not found:
         raise ConfigError(
             f"no mesh of {num_devices} GPUs divides a batch of {job.rows} rows and {job.config.num_layers} layers"
         )
-    chosen = sorted(best.values(), key=lambda pair: _rank(*pair))[:num_compiled]
-    on_progress(f"{count} layouts on {len(best)} meshes by arithmetic; the {len(chosen)} most promising are compiled")
+    chosen, num_meshes = _promising(found, num_compiled)
+    on_progress(
+        f"{len(found)} layouts on {num_meshes} meshes by arithmetic; the {len(chosen)} most promising are compiled"
+    )
     plans = []
-    for number, (found, candidate) in enumerate(chosen, 1):
+    for number, (guessed, candidate) in enumerate(chosen, 1):
         on_progress(
-            f"[{number}/{len(chosen)}] {candidate.layout}: by arithmetic {found.peak_bytes / 1e9:.1f} GB, "
-            f"{found.step_s:.2f} s"
+            f"[{number}/{len(chosen)}] {candidate.layout}: by arithmetic {guessed.peak_bytes / 1e9:.1f} GB, "
+            f"{guessed.step_s:.2f} s"
         )
         plan = make(candidate)
         plans.append(plan)
@@ -75,6 +71,18 @@ def search(
             f"{plan.times.step_s:.2f} s, {'fits' if plan.fits else 'does not fit'}"
         )
     return sorted(plans, key=lambda plan: (not plan.fits, plan.times.step_s if plan.fits else plan.peak_bytes))
+
+
+def _promising(found: list[tuple[Guess, Job]], count: int) -> tuple[list[tuple[Guess, Job]], int]:
+    """So many of them, the best of each mesh before any mesh's second; and how many meshes there are."""
+    firsts: list[tuple[Guess, Job]] = []
+    others: list[tuple[Guess, Job]] = []
+    seen: set[tuple[int, ...]] = set()
+    for pair in sorted(found, key=lambda pair: _rank(*pair)):
+        mesh = tuple(pair[1].layout.sizes.values())
+        (others if mesh in seen else firsts).append(pair)
+        seen.add(mesh)
+    return [*firsts, *others][:count], len(seen)
 
 
 def _rank(found: Guess, job: Job) -> tuple[bool, float]:
@@ -199,6 +207,9 @@ def _step_seconds(job: Job) -> float:
     tokens = job.num_tokens / layout.num_row_shards  # that pass through one device's layers
     layers = config.num_layers / layout.stage
     moved = 2 * tokens * layers * (30 * config.width + 10 * config.mlp_width / layout.tensor)
+    whole = (sizes.layer * layers + sizes.ends) * (layout.fsdp if layout.stage == 1 else 1)
+    # Each micro-batch reads the weights in bfloat16, forward and backward, and adds to gradients in float32.
+    moved += layout.num_micro_batches * (2 + 2 + 8) * whole
     computing = needed * (1 + again) / (device.product_share * device.peak_flops)
     computing += moved / (device.memory_share * device.memory_bytes_per_s)
     idle = (layout.stage - 1) / (layout.num_micro_batches * layout.pipeline_rounds)
@@ -212,7 +223,6 @@ def _step_seconds(job: Job) -> float:
 
     block_sums = 4 if config.block == "parallel" else 8  # forward, backward, and forward again
     tensor = exchange("tensor", 2 * (block_sums - (again == 0)) * layers * tokens * 2 * config.width)
-    whole = (sizes.layer * layers + sizes.ends) * (layout.fsdp if layout.stage == 1 else 1)
     # Gathered twice in bfloat16 and summed once in float32: for each micro-batch, in a pipeline once.
     fsdp = exchange("fsdp", 8 * whole * (layout.num_micro_batches if layout.stage == 1 else 1))
     data = exchange("data", 6 * whole / (layout.fsdp if layout.stage == 1 else 1))
