@@ -249,8 +249,9 @@ def test_random_weights_follow_their_key():
     assert Falcon.from_config(config).params["embed"]["weight"].dtype == jnp.bfloat16
 
 
-def test_a_mesh_changes_no_text(folder, completions, cpu_devices):
-    mesh = sharding.make_mesh(data=3, tensor=2, devices=cpu_devices)
+@pytest.mark.parametrize("axes", [{"data": 3, "tensor": 2}, {"fsdp": 2}], ids=str)
+def test_a_mesh_changes_no_text(folder, completions, cpu_devices, axes):
+    mesh = sharding.make_mesh(**axes, devices=cpu_devices)
     sharded = Falcon.from_checkpoint(folder, dtype="float32", mesh=mesh)
     leaves = model_params.flatten(sharded.params)
     assert leaves["layers.0.mlp.up.weight"].sharding == sharding.param_sharding(

@@ -36,7 +36,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.weight[...]
-        if self.mesh is None or HEAD_AXIS not in self.mesh.shape or table.shape[0] % self.mesh.shape[HEAD_AXIS]:
+        num_shards = 1 if self.mesh is None else self.mesh.shape.get(HEAD_AXIS, 1)
+        if num_shards == 1 or table.shape[0] % num_shards:
             return look_up(table, token_ids)
         whole = PartitionSpec()
         of_device = over_axis(self._of_shard, HEAD_AXIS, self.mesh, (PartitionSpec(HEAD_AXIS), whole), whole)

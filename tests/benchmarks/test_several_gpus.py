@@ -70,7 +70,9 @@ def call(monkeypatch, tmp_path, capfd):
 
 
 @on_cpu_only
-def test_every_part_but_the_comparisons_in_one_document(call, tmp_path):
+def test_every_part_but_the_comparisons_in_one_document(call, tmp_path, monkeypatch):
+    train_jobs = several_train.jobs
+    monkeypatch.setattr(several_train, "jobs", lambda *arguments: train_jobs(*arguments)[:2])  # each compiles for 4 s
     parts = ["--only", "decode", "train", "load", "graphs", "--devices", "cpu", "--num-devices", "2", "--tiny"]
     small = ["--counts", "2", "--weights", "native", "--batches", "2", "--repeats", "1", "--graph-steps", "40"]
     layers = ["--num-layers", "1", "--decode-layers", "1", "--train-layers", "1", "--graph-layers", "1"]
@@ -87,8 +89,8 @@ def test_every_part_but_the_comparisons_in_one_document(call, tmp_path):
     assert over["num_devices"] == 2 and over["layout"] == "tensor 2"
     assert over["decode_tokens_per_s"] == pytest.approx(2e3 / over["ms_per_step"]) and over["peak_gib"] is None
 
-    fsdp, one, data = found["train"]  # what one device holds is the whole model
-    assert [fsdp["layout"], one["layout"], data["layout"]] == ["fsdp 2", "1 device", "data 2"]
+    fsdp, one = found["train"]  # what one device holds is the whole model
+    assert (fsdp["layout"], one["layout"]) == ("fsdp 2", "1 device")
     assert fsdp["tokens_per_s"] == pytest.approx(2 * 32e3 / fsdp["ms_per_step"]) and fsdp["mfu"] is None
     assert fsdp["state_gib"] == pytest.approx(one["state_gib"]) and fsdp["losses"][1] < fsdp["losses"][0]
 
@@ -100,7 +102,7 @@ def test_every_part_but_the_comparisons_in_one_document(call, tmp_path):
     assert all(result["ok"] and result["num_steps"] == 40 for result in found["graphs"])
     assert all("tokens" not in result for result in found["graphs"])
 
-    assert [bar["asked"] for bar in document["bars"]] == [0.92, 0.92]
+    assert [bar["asked"] for bar in document["bars"]] == [0.92]
     assert "efficiency" in text and "graphs: falcon-40b-alibi" in errors
 
 
