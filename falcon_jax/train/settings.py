@@ -279,7 +279,7 @@ def check_same_run(config: TrainConfig, data: Mapping[str, object], path: Path) 
         return
     identity = _identity(config, data)
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    defaults = _defaults(recorded)
+    defaults = _defaults(config, recorded)
     for name, value in identity.items():
         former = recorded.get(name, defaults.get(name, value))
         if former != value:
@@ -306,11 +306,14 @@ def _identity(config: TrainConfig, data: Mapping[str, object]) -> dict[str, obje
     return json.loads(json.dumps(identity))  # as it comes back: tuples are lists
 
 
-def _defaults(recorded: Mapping[str, object]) -> dict[str, object]:
+def _defaults(config: TrainConfig, recorded: Mapping[str, object]) -> dict[str, object]:
     """What an identity has where nothing was asked for; for the model's part, where its configuration says nothing."""
     run = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     step = {f"step.{name}": value for name, value in dataclasses.asdict(StepOptions()).items()}
-    model = FalconConfig.from_hf(recorded).to_hf()
+    try:
+        model = FalconConfig.from_hf(recorded).to_hf()
+    except ConfigError:  # it names no model, so not this one
+        model = dict.fromkeys(config.model_config().to_hf())
     return {**run, "lora": None, "stages": None, **step, **model}
 
 
