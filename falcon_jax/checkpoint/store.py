@@ -140,7 +140,9 @@ class TrainCheckpoints:
     def __init__(self, folder: str | os.PathLike[str], *, max_to_keep: int | None = 2):
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
+        # Two folders are written at the same time: processes that wait for each other must do so for the same one.
+        alone = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self._folder.name)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, multiprocessing_options=alone)
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
         self._deleted: set[int] = set()
 

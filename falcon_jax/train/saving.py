@@ -56,10 +56,8 @@ class RunCheckpoints:
 
         Raises: CheckpointError where it is damaged, which says from where the run can go on.
         """
-        newest = self._best.latest_step()
-        self._next_number = _of_main(-1 if newest is None else newest) + 1
-        newest = self._last.latest_step()
-        step = _of_main(-1 if newest is None else newest)
+        self._next_number = _of_main(max(self._best.all_steps(), default=-1)) + 1
+        step = _of_main(max(self._last.all_steps(), default=-1))
         found = None if step < 0 else (step, *self._restore(abstract_state, step))
         if processes.is_main():
             self._best.sweep()
@@ -67,11 +65,13 @@ class RunCheckpoints:
         return found
 
     def _restore(self, abstract_state: State, step: int) -> tuple[State, Progress]:
-        readable = [earlier for earlier in self._last.all_steps() if earlier < step and self._note(earlier)]
+        # Also from process 0: to read a checkpoint's description, too, all processes wait for each other.
+        earlier = _of_main(max((found for found in self._last.all_steps() if found < step), default=-1))
+        is_readable = earlier >= 0 and self._note(earlier)
         try:
             state, progress = self._last.restore(abstract_state, step=step)
         except DamagedCheckpointError as error:
-            then = f"goes on from step {readable[-1]}" if readable else "begins the run anew"
+            then = f"goes on from step {earlier}" if is_readable else "begins the run anew"
             folder = self._last.folder / str(step)
             raise CheckpointError(
                 f"{error}: if it stays so, delete the folder {folder}; the same command then {then}"
