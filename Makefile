@@ -1,10 +1,11 @@
-# make demo        text from the bundled model         make demo PROMPT="Once upon a time" EXTRAS=cuda13
-# make test        the whole suite, pinned versions    make test ARGS="tests/model -k rope"
-# make test-latest the core tests, newest releases
-# make setup       what make test runs in, and no test
-# make lint        ruff, pyright, import-linter
-# make format      rewrites files as `make lint` wants them
-# make clean       removes what these made
+# make demo           text from the bundled model         make demo PROMPT="Once upon a time" EXTRAS=cuda13
+# make test           the whole suite, pinned versions    make test ARGS="tests/model -k rope"
+# make test-thorough  and the cases that not every change needs
+# make test-latest    the core tests, newest releases
+# make setup          what make test runs in, and no test
+# make lint           ruff, pyright, import-linter
+# make format         rewrites files as `make lint` wants them
+# make clean          removes what these made
 #
 # Each target sets up all that it needs. A set-up is made again only when what it depends on changes.
 
@@ -28,7 +29,7 @@ PYTEST_OPTIONS := -n $(WORKERS) --dist worksteal
 
 export PYTHON
 
-.PHONY: setup demo test test-latest lint format clean
+.PHONY: setup demo test test-thorough test-latest lint format clean
 
 setup: $(TEST)
 
@@ -38,6 +39,9 @@ demo: $(CORE)
 
 test: $(TEST)
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
+
+test-thorough: $(TEST)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) --thorough $(ARGS)
 
 # No stamp: "newest" is asked for each time.
 test-latest:

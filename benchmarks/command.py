@@ -1,11 +1,35 @@
-"""How a benchmark's command ends: its document as the last line on stdout, and what of ours failed on stderr."""
+"""What the benchmarks' commands share: progress, the document kept in a file, and how a command ends.
+
+The document is the last line on stdout; progress, and what of ours failed, go to stderr.
+"""
 
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from falcon_jax.errors import exit_code
+from falcon_jax.errors import RequestError, exit_code
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def say(line: str) -> None:
+    """Progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def check_name(name: str | None) -> None:
+    """What --save may be. Raises: RequestError."""
+    if name is not None and Path(name).name != name:
+        raise RequestError(f"--save is {name!r}; it must be a name, without a folder")
+
+
+def save(document: dict[str, Any], name: str | None) -> None:
+    """Writes `document` to benchmarks/results/NAME.json, or nowhere."""
+    if name is not None:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
 def finish(measure: Callable[[], dict[str, Any]], failures: Callable[[dict[str, Any]], list[str]]) -> int:

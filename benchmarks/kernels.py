@@ -9,7 +9,6 @@ python benchmarks/kernels.py --save kernels-h100
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+
+from falcon_jax.errors import RequestError
 
 if TYPE_CHECKING:
     from benchmarks.kernel_torch import TorchProcess
@@ -54,7 +55,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
     check(arguments)
     import jax
 
-    from benchmarks import hardware, kernel_memory, kernel_report
+    from benchmarks import command, hardware, kernel_memory, kernel_report
     from benchmarks.kernel_torch import TorchProcess
 
     begin = time.perf_counter()
@@ -71,7 +72,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
     document |= hardware.describe()
     document["command"] = shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]])
     if arguments.only != "decode":
-        say("memory")
+        command.say("memory")
         document["memory"] = kernel_memory.report()
     with contextlib.ExitStack() as stack:
         torch = None if arguments.quick else stack.enter_context(contextlib.closing(TorchProcess()))
@@ -79,17 +80,14 @@ def main(arguments: Arguments) -> dict[str, Any]:
             document["cases"].append(result)
             document["ratios"] |= kernel_report.ratios(result)
             document["seconds"] = round(time.perf_counter() - begin, 1)
-            if arguments.save is not None:
-                path = REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(document, indent=2) + "\n")
+            command.save(document, arguments.save)
     for lines in (*map(kernel_report.memory_lines, document["memory"]), *map(kernel_report.table, document["cases"])):
         print(*lines, sep="\n", flush=True)
     return document
 
 
 def check(arguments: Arguments) -> None:
-    from falcon_jax.errors import RequestError
+    from benchmarks import command
     from pallas_kernels.shapes import HEADS
 
     for model in arguments.models:
@@ -97,12 +95,12 @@ def check(arguments: Arguments) -> None:
             raise RequestError(f"--models {model} is unknown; known are {', '.join(HEADS)}")
     if any(tokens < 1 for tokens in arguments.tokens):
         raise RequestError(f"--tokens is {min(arguments.tokens)}; it must be at least 1")
-    if arguments.save is not None and Path(arguments.save).name != arguments.save:
-        raise RequestError(f"--save is {arguments.save!r}; it must be a name, without a folder")
+    command.check_name(arguments.save)
 
 
 def results(arguments: Arguments, torch: "TorchProcess | None", read_bytes_per_s: float) -> Iterator[dict[str, Any]]:
     """One case after the other, as it stands in the document."""
+    from benchmarks import command
     from benchmarks.kernel_prefill import BACKWARD, FORWARD
 
     kinds = (FORWARD, BACKWARD) if arguments.backward else (FORWARD,)
@@ -110,11 +108,11 @@ def results(arguments: Arguments, torch: "TorchProcess | None", read_bytes_per_s
     if arguments.only != "decode":
         for kind in kinds:
             for case in prefill_cases(arguments, kind):
-                say(f"{case}, {kind}")
+                command.say(f"{case}, {kind}")
                 yield run_prefill(case, kind, torch, num_turns)
     if arguments.only != "flash":
         for case in decode_cases(arguments):
-            say(f"{case}, decode")
+            command.say(f"{case}, decode")
             yield run_decode(case, torch, num_turns, read_bytes_per_s)
 
 
@@ -165,11 +163,6 @@ def run_decode(
         entries += torch.entries()
     kernel_turns.take_turns(entries, num_turns)
     return kernel_report.decode(case, entries, read_bytes_per_s)
-
-
-def say(line: str) -> None:
-    """Progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def run() -> int:

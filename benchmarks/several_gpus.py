@@ -12,7 +12,6 @@ python benchmarks/several_gpus.py --devices cpu --num-devices 4 --tiny
 
 import dataclasses
 import functools
-import json
 import os
 import shlex
 import sys
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from falcon_jax import options as shared
+from falcon_jax.errors import RequestError
 
 if TYPE_CHECKING:
     from benchmarks.places import Place
@@ -120,8 +120,8 @@ def main(arguments: Arguments) -> dict[str, Any]:
     check(arguments)
     import jax
 
-    from benchmarks import hardware, several_decode, several_jobs, several_report
-    from benchmarks.training import Clock
+    from benchmarks import command, hardware, several_decode, several_jobs, several_report
+    from benchmarks.clock import Clock
     from falcon_jax import commands
 
     counts = counts_of(arguments, len(jax.devices()))
@@ -142,45 +142,40 @@ def main(arguments: Arguments) -> dict[str, Any]:
     }
     tokens: dict[str, list[int]] = {}
     place = functools.partial(place_of, arguments)
-    for result in several_jobs.run(jobs, place, Clock(begin, arguments.max_seconds), say):
+    for result in several_jobs.run(jobs, place, Clock(begin, arguments.max_seconds), command.say):
         document["results"].append(several_decode.with_agreement(result, tokens))
         document["bars"] = several_report.bars(document["results"])
         document["load_average"][1] = os.getloadavg()[0]
         document["seconds"] = round(time.perf_counter() - begin, 1)
-        save(document, arguments.save)
+        command.save(document, arguments.save)
     print(*several_report.lines(document), sep="\n", flush=True)
     return document
 
 
 def check(arguments: Arguments) -> None:
     """Refuses numbers out of range. Raises: RequestError."""
+    from benchmarks import command
+
     numbers = dataclasses.asdict(arguments).items()
     for name, value in numbers:
         least = 2 if name in ("num_devices", "new_tokens") else 1
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, int | float) and not isinstance(one, bool) and one < least:
-                raise request_error(f"--{name.replace('_', '-')} is {one:g}; it must be at least {least}")
-    if arguments.save is not None and Path(arguments.save).name != arguments.save:
-        raise request_error(f"--save is {arguments.save!r}; it must be a name, without a folder")
-
-
-def request_error(line: str) -> ValueError:
-    from falcon_jax.errors import RequestError
-
-    return RequestError(line)
+                raise RequestError(f"--{name.replace('_', '-')} is {one:g}; it must be at least {least}")
+    command.check_name(arguments.save)
 
 
 def counts_of(arguments: Arguments, num_found: int) -> list[int]:
     """Ascending numbers of devices. Raises: RequestError where there are too few."""
     num_devices = arguments.num_devices or num_found
     if num_devices > num_found:
-        raise request_error(f"--num-devices is {num_devices}; there are {num_found}")
+        raise RequestError(f"--num-devices is {num_devices}; there are {num_found}")
     counts = sorted(set(arguments.counts)) or [2**i for i in range(num_devices.bit_length())]
     for count in counts:
         if count.bit_count() != 1 or count > num_devices:
-            raise request_error(f"--counts has {count}; it must be a power of two up to the {num_devices} devices")
+            raise RequestError(f"--counts has {count}; it must be a power of two up to the {num_devices} devices")
     if counts[-1] < 2:
-        raise request_error(f"there must be several devices; --counts has {counts[-1]} at most, of {num_devices}")
+        raise RequestError(f"there must be several devices; --counts has {counts[-1]} at most, of {num_devices}")
     return counts
 
 
@@ -303,18 +298,6 @@ def place_of(arguments: Arguments, job: "Job") -> "Place":
             os.environ["XLA_FLAGS"] = before
 
     return place
-
-
-def save(document: dict[str, Any], name: str | None) -> None:
-    if name is not None:
-        path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n")
-
-
-def say(line: str) -> None:
-    """Progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def run() -> int:

@@ -21,8 +21,8 @@ import jax
 from jax.sharding import Mesh
 
 from benchmarks import measure, training_measure
+from benchmarks.clock import Clock
 from benchmarks.places import Place, Say
-from benchmarks.training import Clock
 from falcon_jax import sharding
 from falcon_jax.config import PRESETS, FalconConfig
 

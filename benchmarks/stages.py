@@ -8,13 +8,14 @@ python benchmarks/stages.py --save stages-h200
 """
 
 import dataclasses
-import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import tyro
+
+from falcon_jax.errors import RequestError
 
 REPOSITORY = Path(__file__).parents[1]
 READ_BYTES = {"cpu": 2**28, "gpu": 2**31}  # more than any cache holds
@@ -37,7 +38,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
     check(arguments)
     import jax
 
-    from benchmarks import hardware, kernel_stages, kernel_turns
+    from benchmarks import command, hardware, kernel_stages, kernel_turns
     from falcon_jax.config import PRESETS
 
     limit = hardware.read_bandwidth(READ_BYTES.get(jax.default_backend(), 2**30))
@@ -49,20 +50,18 @@ def main(arguments: Arguments) -> dict[str, Any]:
         for weights in arguments.weights:
             for num_rows in arguments.rows:
                 case = kernel_stages.StageCase(name, PRESETS[name], weights, num_rows)
-                print(str(case), file=sys.stderr, flush=True)
+                command.say(str(case))
                 entries, sizes = kernel_stages.contestants(case)
                 kernel_turns.take_turns([entry for entry in entries if "one layer" not in entry.name], NUM_TURNS)
                 document["cases"].append(result := report(case, entries, sizes, limit))
                 print(*lines(result), sep="\n", flush=True)
-                if arguments.save is not None:
-                    path = REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json"
-                    path.write_text(json.dumps(document, indent=2) + "\n")
+                command.save(document, arguments.save)
     return document
 
 
 def check(arguments: Arguments) -> None:
+    from benchmarks import command
     from falcon_jax.config import PRESETS
-    from falcon_jax.errors import RequestError
     from falcon_jax.model.quantize import WEIGHTS
 
     for flag, given, known in (("models", arguments.models, PRESETS), ("weights", arguments.weights, WEIGHTS)):
@@ -71,8 +70,7 @@ def check(arguments: Arguments) -> None:
                 raise RequestError(f"--{flag} {value} is unknown; known are {', '.join(known)}")
     if any(not 1 <= rows <= 64 for rows in arguments.rows):
         raise RequestError(f"--rows is {arguments.rows}; each must be from 1 to 64")
-    if arguments.save is not None and Path(arguments.save).name != arguments.save:
-        raise RequestError(f"--save is {arguments.save!r}; it must be a name, without a folder")
+    command.check_name(arguments.save)
 
 
 def report(case: Any, entries: list[Any], sizes: dict[str, int], limit: float) -> dict[str, Any]:

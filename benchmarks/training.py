@@ -10,10 +10,8 @@ python benchmarks/training.py --cases rw-1b --peer none --variants batch_size=16
 python benchmarks/training.py --model falcon-nano --num-layers 2 --length 64 --peer hf-plain
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import os
 import shlex
 import sys
@@ -24,10 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from falcon_jax import options as shared
+from falcon_jax.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from benchmarks.clock import Clock
     from benchmarks.places import Place
     from benchmarks.training_cases import Case
     from benchmarks.training_measure import Contestant, Timing
@@ -89,6 +89,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
     begin = time.perf_counter()
     cases = make_cases(arguments)
     entered = [(case, contestants(arguments, case)) for case in cases]
+    from benchmarks import command, training_report
     from falcon_jax import commands
 
     commands.use_compilation_cache(arguments.compilation_cache)
@@ -96,9 +97,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
     for _ in fill(document, entered, arguments, begin):
         document["load_average"][1] = os.getloadavg()[0]
         document["seconds"] = round(time.perf_counter() - begin, 1)
-        save(document, arguments.save)
-    from benchmarks import training_report
-
+        command.save(document, arguments.save)
     for case in document["cases"]:
         print(*training_report.case_lines(case, document["device"]), sep="\n")
     print(*training_report.bar_lines(document), sep="\n", flush=True)
@@ -130,7 +129,7 @@ def make_cases(arguments: Arguments) -> "list[Case]":
         settings = [usual | one for one in asked] or [one.settings | common for one in case.variants]
         variants = tuple(map(Variant.of, settings))
         if not work.lora and any(variant.weights != "native" for variant in variants):
-            raise request_error(f"weights of few bits are a frozen model's, and {case.name} trains all: add --lora")
+            raise RequestError(f"weights of few bits are a frozen model's, and {case.name} trains all: add --lora")
         rows = {name: arguments.peer_batch_size or rows for name, rows in case.peer_rows.items()}
         what = training_cases.describe(work)
         made.append(dataclasses.replace(case, work=work, variants=variants, peer_rows=rows, what=what))
@@ -139,26 +138,21 @@ def make_cases(arguments: Arguments) -> "list[Case]":
 
 def check(arguments: Arguments) -> None:
     """Refuses numbers out of range, and what does not go together."""
+    from benchmarks import command
+
     for name in ("num_layers", "length", "batch_size", "peer_batch_size", "steps", "repeats", "rounds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise request_error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if arguments.save is not None and Path(arguments.save).name != arguments.save:
-        raise request_error(f"--save is {arguments.save!r}; it must be a name, without a folder")
+            raise RequestError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    command.check_name(arguments.save)
     if not arguments.ours and (arguments.peer == "none" or arguments.lora):
-        raise request_error("--no-ours leaves nobody to measure with --peer none or --lora; leave one of them out")
+        raise RequestError("--no-ours leaves nobody to measure with --peer none or --lora; leave one of them out")
     if not arguments.ours and arguments.profile is not None:
-        raise request_error("--profile is of ours, which --no-ours leaves out; leave one of them out")
+        raise RequestError("--profile is of ours, which --no-ours leaves out; leave one of them out")
     if is_table(arguments) and arguments.lora:
-        raise request_error("--lora is of one --model; of the table say --cases 7b-lora")
+        raise RequestError("--lora is of one --model; of the table say --cases 7b-lora")
     if not is_table(arguments) and arguments.cases:
-        raise request_error("--cases are the table's; add --table bars, or leave --model out")
-
-
-def request_error(line: str) -> ValueError:
-    from falcon_jax.errors import RequestError
-
-    return RequestError(line)
+        raise RequestError("--cases are the table's; add --table bars, or leave --model out")
 
 
 def is_table(arguments: Arguments) -> bool:
@@ -170,7 +164,7 @@ def model_of(arguments: Arguments, usual: Any) -> Any:
     from falcon_jax.config import PRESETS
 
     if arguments.model is not None and arguments.model not in PRESETS:
-        raise request_error(f"--model {arguments.model} is unknown; presets are {', '.join(PRESETS)}")
+        raise RequestError(f"--model {arguments.model} is unknown; presets are {', '.join(PRESETS)}")
     config = usual if arguments.model is None else PRESETS[arguments.model]
     return config if arguments.num_layers is None else dataclasses.replace(config, num_layers=arguments.num_layers)
 
@@ -223,11 +217,12 @@ def fill(
     document: dict[str, Any], entered: "list[tuple[Case, list[Contestant]]]", arguments: Arguments, begin: float
 ) -> "Iterator[None]":
     """Measures into `document`, one result between two yields: it is worth saving after each."""
-    from benchmarks import training_measure, training_report
+    from benchmarks import command, training_measure, training_report
+    from benchmarks.clock import Clock
     from benchmarks.training_measure import Timing
     from falcon_jax.train.flops import peak_flops
 
-    ((machine, rates),) = place_of(arguments, None)(training_measure.rates, say=say)
+    ((machine, rates),) = place_of(arguments, None)(training_measure.rates, say=command.say)
     document |= machine | {"limit": dataclasses.asdict(rates)}
     for case, _ in entered:
         print(*training_report.limit_lines(case, rates), sep="\n", flush=True)
@@ -259,7 +254,7 @@ def measured(
     contestant: "Contestant", timing: "Timing", arguments: Arguments, entry: dict[str, Any], clock: "Clock"
 ) -> dict[str, Any]:
     """A result, unless there is no time left or the contestant failed in the round before."""
-    from benchmarks import training_measure
+    from benchmarks import command, training_measure
 
     result = training_measure.record(contestant)
     for earlier in entry["results"]:
@@ -267,30 +262,9 @@ def measured(
             return result | {"left_out": f"it failed in round {earlier['round']}"}
     if clock.is_late(contestant.name):
         return result | {"left_out": f"it would not be done within --max-seconds {arguments.max_seconds:g}"}
-    say(f"{entry['name']}, {contestant}")
+    command.say(f"{entry['name']}, {contestant}")
     with clock.running(contestant.name):
-        return training_measure.compete(contestant, timing, place_of(arguments, contestant), say)
-
-
-class Clock:
-    """What is left of a run's time, by what was done in it."""
-
-    def __init__(self, begin: float, max_seconds: float | None):
-        self.begin, self.max_seconds = begin, max_seconds
-        self.slowest_s: dict[str, float] = {}
-
-    def is_late(self, name: str) -> bool:
-        """Whether one more, as slow as the slowest of its name or else of all, would end too late."""
-        if self.max_seconds is None:
-            return False
-        expected_s = self.slowest_s.get(name, max(self.slowest_s.values(), default=0.0))
-        return time.perf_counter() - self.begin + expected_s > self.max_seconds
-
-    @contextlib.contextmanager
-    def running(self, name: str) -> "Iterator[None]":
-        began = time.perf_counter()
-        yield
-        self.slowest_s[name] = max(self.slowest_s.get(name, 0.0), time.perf_counter() - began)
+        return training_measure.compete(contestant, timing, place_of(arguments, contestant), command.say)
 
 
 def place_of(arguments: Arguments, contestant: "Contestant | None") -> "Place":
@@ -313,18 +287,6 @@ def prepare(compilation_cache: str | None) -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
     commands.use_compilation_cache(compilation_cache)
-
-
-def save(document: dict[str, Any], name: str | None) -> None:
-    if name is not None:
-        path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n")
-
-
-def say(line: str) -> None:
-    """Progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def run() -> int:

@@ -11,7 +11,6 @@ python scripts/benchmark.py --table seed --model falcon-40b --weights int8 --row
 
 import dataclasses
 import functools
-import json
 import os
 import shlex
 import sys
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from falcon_jax import options as shared
+from falcon_jax.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +71,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> dict[str, Any]:
     check(arguments)
+    from benchmarks import command
     from falcon_jax import commands
 
     commands.use_compilation_cache(arguments.compilation_cache)
@@ -83,7 +84,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - begin, 1),
             "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         }
-        save(document, arguments.save)
+        command.save(document, arguments.save)
         return document
 
     if arguments.table is None:
@@ -96,7 +97,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
 
 def check(arguments: Arguments) -> None:
     """Refuses numbers out of range, and what does not go together."""
-    from falcon_jax.errors import RequestError
+    from benchmarks import command
 
     for name, least in (("batch", 1), ("context", 1), ("new_tokens", 2), ("repeats", 1)):
         value = getattr(arguments, name)
@@ -105,8 +106,7 @@ def check(arguments: Arguments) -> None:
             raise RequestError(f"--{flag} is {value}; it must be at least {least}")
     if arguments.scale is not None and not 0 < arguments.scale < float("inf"):
         raise RequestError(f"--scale is {arguments.scale}; it must be a number above 0")
-    if arguments.save is not None and Path(arguments.save).name != arguments.save:
-        raise RequestError(f"--save is {arguments.save!r}; it must be a name, without a folder")
+    command.check_name(arguments.save)
     if not arguments.ours and arguments.peer == "none":
         raise RequestError("--no-ours with --peer none leaves nobody to measure; leave one of them out")
     if arguments.table is None:
@@ -122,7 +122,6 @@ def measure_one(arguments: Arguments) -> dict[str, Any]:
     """The document of one model and one workload."""
     from benchmarks import measure
     from benchmarks.limits import Workload, measured_limits
-    from falcon_jax.errors import RequestError
 
     name, config, folder = find_model(arguments.model[0] if arguments.model else None)
     if arguments.start_up and (folder is None or not (folder / "tokenizer.json").is_file()):
@@ -231,7 +230,6 @@ def find_model(model: str | None) -> "tuple[str, FalconConfig, Path | None]":
     """What to call the model, its configuration, and the folder of its weights (None: random ones)."""
     from falcon_jax.checkpoint import manifest
     from falcon_jax.config import PRESETS, FalconConfig
-    from falcon_jax.errors import RequestError
     from falcon_jax.falcon import BUNDLED_MODEL
 
     if model in PRESETS:
@@ -242,13 +240,6 @@ def find_model(model: str | None) -> "tuple[str, FalconConfig, Path | None]":
     if manifest.is_converted(folder):
         return folder.name, manifest.Manifest.read(folder).config, folder
     return folder.name, FalconConfig.from_hf(folder), folder
-
-
-def save(document: dict[str, Any], name: str | None) -> None:
-    if name is not None:
-        path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def say(line: str) -> None:

@@ -209,12 +209,9 @@ class TrainCheckpoints:
         try:
             restored = self._manager.restore(step, args=request)["state"]
         except Exception as error:
-            known = (
-                CheckpointError
-                if isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
-                else (DamagedCheckpointError)
-            )
-            raise known(f"{where}: cannot read its arrays: {_first_line(error)}") from error
+            lacks_memory = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
+            kind = CheckpointError if lacks_memory else DamagedCheckpointError
+            raise kind(f"{where}: cannot read its arrays: {_first_line(error)}") from error
         for name, text in checksum.checksums(restored).items():
             if text != stored[name]["checksum"]:
                 raise DamagedCheckpointError(f"{where}: {name} has changed since it was saved")

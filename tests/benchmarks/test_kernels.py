@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from benchmarks import (
-    hardware,
     kernel_decode,
     kernel_memory,
     kernel_prefill,
@@ -27,29 +26,17 @@ from benchmarks import (
 from benchmarks.kernel_turns import Entry, Group, Program
 from pallas_kernels import shapes
 from pallas_kernels.flash_attention import attention
+from tests import benchmarking
 
 
 @pytest.fixture
 def call(monkeypatch, tmp_path, capfd):
     """Runs the command in this process on small measurements; returns its exit code, stdout and stderr."""
-    monkeypatch.setattr(hardware, "MEASURE_S", 0.0)
-    monkeypatch.setattr(hardware, "MATRIX_SIZES", {"cpu": 64, "gpu": 64})
     monkeypatch.setattr(kernels, "READ_BYTES", {"cpu": 2**20, "gpu": 2**20})
     monkeypatch.setattr(kernels, "NUM_QUICK_TURNS", 2)
     monkeypatch.setattr(kernel_turns, "TURN_S", 0.0)
     monkeypatch.setattr(kernel_decode, "NUM_CACHES", 2)
-    monkeypatch.setattr(kernels, "REPOSITORY", tmp_path)
-    (tmp_path / "benchmarks").mkdir()
-    # The command sets these for its own process.
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
-        code = kernels.run()
-        return code, *capfd.readouterr()
-
-    return run
+    return benchmarking.caller(kernels.run, monkeypatch, capfd, tmp_path / "results")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU this would measure at length")
@@ -59,7 +46,7 @@ def test_without_a_gpu_xla_has_figures_and_the_others_say_why_not(call, tmp_path
     lines = text.splitlines()
     assert lines[0].startswith("limit: this device reads")
     document = json.loads(lines[-1])
-    assert json.loads((tmp_path / "benchmarks" / "results" / "tiny.json").read_text()) == document
+    assert json.loads((tmp_path / "results" / "tiny.json").read_text()) == document
     assert [(case["case"], case["kind"]) for case in document["cases"]] == [
         ("falcon-40b-alibi T=16", "forward"),
         ("falcon-40b-alibi T=16", "forward + backward"),

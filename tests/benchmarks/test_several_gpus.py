@@ -4,10 +4,8 @@ How fast anything is stays out of tests.
 """
 
 import dataclasses
-import gc
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -27,10 +25,11 @@ from benchmarks import (
     several_train,
     training_measure,
 )
+from benchmarks.clock import Clock
 from benchmarks.several_gpus import Arguments
 from benchmarks.several_jobs import Job, Layout, Result, shape
-from benchmarks.training import Clock
 from falcon_jax.config import PRESETS
+from tests import benchmarking
 
 on_cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU each job has its own process")
 H200_BYTES = 138_000_000_000
@@ -49,24 +48,9 @@ def say(line: str) -> None:
 def call(monkeypatch, tmp_path, capfd):
     """Runs the command in this process; returns its exit code, stdout and stderr."""
     monkeypatch.setattr(training_measure, "WARM_UP_STEPS", 1)
-    # A pass over all that JAX and PyTorch have made takes 0.4 s.
-    monkeypatch.setattr(gc, "collect", lambda *arguments: 0)
-    monkeypatch.setattr(several_gpus, "REPOSITORY", tmp_path)
-    (tmp_path / "benchmarks").mkdir()
-    # The command sets these for its own process.
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("NCCL_NVLS_ENABLE", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.setenv(name, "0")
-    for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"):
+    for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"):  # the command sets these for its own process
         monkeypatch.setenv(name, os.environ.get(name, ""))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        # A cache would last beyond the test, and stay switched on in this process.
-        monkeypatch.setattr(sys, "argv", ["several_gpus.py", *arguments, "--compilation-cache", "off"])
-        code = several_gpus.run()
-        return code, *capfd.readouterr()
-
-    return run
+    return benchmarking.caller(several_gpus.run, monkeypatch, capfd, tmp_path / "results", *benchmarking.NO_CACHE)
 
 
 @on_cpu_only
@@ -80,7 +64,7 @@ def test_every_part_but_the_comparisons_in_one_document(call, tmp_path, monkeypa
     code, text, errors = call(*parts, *small, *layers, *files, "--load-layers", "1", "--train-steps", "1")
     assert code == 0, errors
     document = json.loads(text.splitlines()[-1])
-    assert json.loads((tmp_path / "benchmarks" / "results" / "tiny.json").read_text()) == document
+    assert json.loads((tmp_path / "results" / "tiny.json").read_text()) == document
     assert document["counts"] == [2] and document["environment"]["NCCL_NVLS_ENABLE"] == "0"
     found = {part: [one for one in document["results"] if one["part"] == part] for part in several_gpus.PARTS}
     assert not found["correct"]

@@ -4,9 +4,7 @@ How fast anything is stays out of tests.
 """
 
 import dataclasses
-import gc
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,8 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import (
-    hardware,
-    limits,
+    clock,
     peers,
     places,
     training,
@@ -28,6 +25,7 @@ from benchmarks import (
     training_profile,
     training_report,
 )
+from benchmarks.clock import Clock
 from benchmarks.limits import Rates
 from benchmarks.measure import Peak
 from benchmarks.training_cases import Bar, Case, Variant, Work
@@ -36,7 +34,7 @@ from falcon_jax.config import PRESETS
 from falcon_jax.errors import RequestError
 from falcon_jax.model import params as model_params
 from falcon_jax.model.adapters import LoRA
-from tests import models
+from tests import benchmarking, models
 
 on_cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU each contestant has its own process")
 
@@ -44,26 +42,9 @@ on_cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GP
 @pytest.fixture
 def call(monkeypatch, tmp_path, capfd):
     """Runs the command in this process on small measurements; returns its exit code, stdout and stderr."""
-    monkeypatch.setattr(hardware, "MEASURE_S", 0.0)
-    monkeypatch.setattr(hardware, "MATRIX_SIZES", {"cpu": 64, "gpu": 64})
-    monkeypatch.setattr(limits, "MEMORY_READ_BYTES", {"cpu": 2**20, "gpu": 2**20})
     monkeypatch.setattr(training_measure, "WARM_UP_STEPS", 1)
     monkeypatch.setattr(training_measure, "NUM_PROFILED", 1)
-    # A pass over all that JAX and PyTorch have made takes 0.4 s.
-    monkeypatch.setattr(gc, "collect", lambda *arguments: 0)
-    monkeypatch.setattr(training, "REPOSITORY", tmp_path)
-    (tmp_path / "benchmarks").mkdir()
-    # The command sets these for its own process.
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        # A cache would last beyond the test, and stay switched on in this process.
-        monkeypatch.setattr(sys, "argv", ["training.py", *arguments, "--compilation-cache", "off"])
-        code = training.run()
-        return code, *capfd.readouterr()
-
-    return run
+    return benchmarking.caller(training.run, monkeypatch, capfd, tmp_path / "results", *benchmarking.NO_CACHE)
 
 
 @on_cpu_only
@@ -74,7 +55,7 @@ def test_last_line_says_limit_ours_peer_profile_and_machine(call, tmp_path):
     assert code == 0, errors
     lines = text.splitlines()
     document = json.loads(lines[-1])
-    assert json.loads((tmp_path / "benchmarks" / "results" / "tiny.json").read_text()) == document
+    assert json.loads((tmp_path / "results" / "tiny.json").read_text()) == document
     assert lines[0].startswith("limit: 2 layers of falcon-nano, T=64, a step takes")
 
     (case,) = document["cases"]
@@ -287,13 +268,13 @@ def test_exit_code_is_1_where_ours_failed_for_another_reason_or_nothing_of_ours_
 
 def test_nobody_begins_who_would_not_be_done_in_time(monkeypatch):
     now = iter([100.0, 130.0, 140.0, 140.0, 140.0])
-    monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
-    clock = training.Clock(100.0, 65.0)
-    with clock.running("falcon_jax"):  # from 100 to 130
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    late = Clock(100.0, 65.0)
+    with late.running("falcon_jax"):  # from 100 to 130
         pass
-    assert clock.is_late("falcon_jax") and clock.is_late("transformers")  # at 140, and 30 more
-    clock.slowest_s["transformers"] = 20.0
-    assert not clock.is_late("transformers")
+    assert late.is_late("falcon_jax") and late.is_late("transformers")  # at 140, and 30 more
+    late.slowest_s["transformers"] = 20.0
+    assert not late.is_late("transformers")
 
 
 @on_cpu_only

@@ -26,6 +26,10 @@ from falcon_jax.model.step import ForwardOptions
 from pallas_kernels.quantized_matmul import QuantizedWeight, dequantize
 from tests import commands, hf_models
 
+# peft asks transformers for it, from 5.24 on by a name on its way out.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers.modeling_utils"
+)
 IDS = np.random.default_rng(0).integers(0, hf_models.TINY_VOCAB_SIZE, (2, 12))
 MODULES = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 

@@ -13,8 +13,10 @@ from falcon_jax.model import cache as kv_cache
 from falcon_jax.model import params as model_params
 from falcon_jax.model.cache import KVCache, cache_bytes
 from tests.models import VARIANTS, random_params, tiny
+from tests.thorough import thorough
 
 DYNAMIC = "falcon-7b with dynamic RoPE"
+USUAL = ("falcon-rw-1b", "falcon-7b", "falcon-40b")
 
 
 def variant_config(name: str) -> FalconConfig:
@@ -42,7 +44,10 @@ def extend(config, params, cache, ids, num_tokens, is_first=False):
 
 
 @pytest.mark.parametrize(
-    ("name", "is_first"), [(name, True) for name in (*VARIANTS, DYNAMIC)] + [("falcon-40b", False), (DYNAMIC, False)]
+    ("name", "is_first"),
+    [(name, True) for name in (*USUAL, DYNAMIC)]
+    + thorough((name, True) for name in VARIANTS if name not in USUAL)
+    + [("falcon-40b", False), *thorough([(DYNAMIC, False)])],
 )
 def test_cached_decoding_equals_the_full_forward(name, is_first):
     """A ragged prefill, then tokens one at a time and in chunks, each against an uncached pass over all of it."""
@@ -71,7 +76,7 @@ def test_cached_decoding_equals_the_full_forward(name, is_first):
         check(logits, [b for b in range(3) if taken[b]], lengths, [count - 1 for count in taken])
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, DYNAMIC])
+@pytest.mark.parametrize("name", [*USUAL, DYNAMIC, *thorough(name for name in VARIANTS if name not in USUAL)])
 def test_a_ragged_batch_equals_each_row_alone(name):
     config = variant_config(name)
     params = random_params(config)

@@ -13,14 +13,18 @@ from falcon_jax.config import PRESETS
 from falcon_jax.model import params as model_params
 from falcon_jax.model.cache import KVCache
 from tests.models import VARIANTS, random_params, tiny
+from tests.thorough import thorough
 
 # 71 heads as published, on 8 devices.
 CONFIGS = {name: tiny(name) for name in VARIANTS}
 CONFIGS["falcon-7b, 71 heads"] = tiny(
     "falcon-7b", num_heads=71, width=8 * 71, mlp_width=64, num_layers=1, initializer_range=0.05
 )
-MESHES = [(name, {"tensor": 8}) for name in CONFIGS]
-MESHES += [(name, {"data": 2, "tensor": 4}) for name in ("falcon-rw-1b", "falcon-40b", "falcon-7b, 71 heads")]
+USUAL = ("falcon-rw-1b", "falcon-40b", "falcon-40b-alibi", "falcon-7b, 71 heads")
+MESHES: list = [(name, {"tensor": 8}) for name in USUAL]
+MESHES += thorough((name, {"tensor": 8}) for name in CONFIGS if name not in USUAL)
+MESHES += [("falcon-7b, 71 heads", {"data": 2, "tensor": 4})]
+MESHES += thorough((name, {"data": 2, "tensor": 4}) for name in ("falcon-rw-1b", "falcon-40b"))
 MESHES += [("falcon2-11b", {"fsdp": 4, "tensor": 2})]
 
 

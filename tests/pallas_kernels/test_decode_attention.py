@@ -15,8 +15,18 @@ from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention.cudnn import alibi_columns
 from tests.pallas_kernels import tolerance
 from tests.pallas_kernels.interpreted import interpreted
+from tests.thorough import thorough_but
 
 NAMES = ("q", "keys", "values", "lengths")
+CASES = (
+    "one key",
+    "71 heads share one",
+    "grouped, rows of different length",
+    "hf_bf16",
+    "float16",
+    "paged",
+    "paged, grouped, last pages part full",
+)
 
 
 def plain(case, inputs, dtype=None):
@@ -38,7 +48,7 @@ def require_close(case, inputs, out):
     tolerance.require_close(out, plain(case, inputs), plain(case, inputs, jnp.float32))
 
 
-@pytest.mark.parametrize("case", shapes.TOY_DECODE, ids=str)
+@pytest.mark.parametrize("case", thorough_but(shapes.TOY_DECODE, *CASES), ids=str)
 def test_kernel_equals_reference(case):
     inputs = case.draw(0)
     out = run_kernel(case, inputs)

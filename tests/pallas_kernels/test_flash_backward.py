@@ -14,6 +14,19 @@ from pallas_kernels.flash_attention.mosaic import attention_mosaic
 from pallas_kernels.flash_attention.reference import attention_xla_with_lse
 from tests.pallas_kernels import tolerance
 from tests.pallas_kernels.interpreted import interpreted
+from tests.thorough import thorough_but
+
+ALONE = (
+    "one query",
+    "alibi, odd",
+    "grouped, past a tile of 128",
+    "several tiles a block",
+    "rows of different length",
+    "chunks at different places",
+    "fewer keys than queries",
+    "hf_bf16 where neighbours round alike",
+)
+TOGETHER = ("shared, past a tile of 128", "grouped rows, one of them empty", "chunk", "float16")
 
 
 def differentiable(case, inputs):
@@ -82,7 +95,7 @@ def require_close(case, inputs, cotangents, got, exact):
     return got
 
 
-@pytest.mark.parametrize("case", shapes.TOY_ATTENTION, ids=str)
+@pytest.mark.parametrize("case", thorough_but(shapes.TOY_ATTENTION, *ALONE), ids=str)
 def test_interpreted_gradients_stay_within_twice_the_error_of_the_reference(case):
     dq, dk, dv = check(case)
     if case.lengths is not None:  # keys past a row's end get nothing, and queries of an empty row give nothing
@@ -95,7 +108,7 @@ def toy(*names):
     return [case for case in shapes.TOY_ATTENTION if case.name in names]
 
 
-@pytest.mark.parametrize("case", shapes.TOY_ATTENTION, ids=str)
+@pytest.mark.parametrize("case", thorough_but(shapes.TOY_ATTENTION, *TOGETHER), ids=str)
 def test_gradients_of_both_kernels_together_stay_within_twice_the_error_of_the_reference(case):
     """The cotangents are the hardest found for the backward kernel alone: fed the reference's output, which `attention`
     never does, it is over for dQ in three cases, by up to 1.3 times."""

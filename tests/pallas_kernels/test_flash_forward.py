@@ -14,6 +14,18 @@ from pallas_kernels.flash_attention.reference import attention_reference, attent
 from pallas_kernels.flash_attention.tiles import Tiles
 from tests.pallas_kernels import tolerance
 from tests.pallas_kernels.interpreted import interpreted
+from tests.thorough import thorough, thorough_but
+
+CASES = (
+    "one query",
+    "alibi, odd",
+    "grouped, past a tile of 128",
+    "several tiles a block",
+    "rows of different length",
+    "chunks at different places",
+    "hf_bf16",
+    "float16",
+)
 
 
 def run_kernel(case, inputs, blocks=None):
@@ -35,7 +47,7 @@ def reference(case, inputs, dtype):
     return attention_xla_with_lse(q, k, v, offset, lengths, slopes, alibi, scale)
 
 
-@pytest.mark.parametrize("case", shapes.TOY_ATTENTION, ids=str)
+@pytest.mark.parametrize("case", thorough_but(shapes.TOY_ATTENTION, *CASES), ids=str)
 def test_interpreted_kernel_stays_within_twice_the_error_of_the_reference(case):
     inputs = case.draw()
     out, lse = run_kernel(case, inputs)
@@ -49,8 +61,9 @@ def test_interpreted_kernel_stays_within_twice_the_error_of_the_reference(case):
     assert not np.any(out[~np.moveaxis(seen, 1, 2)])
 
 
-@pytest.mark.parametrize("warpgroups", [1, 2, 3])
-@pytest.mark.parametrize("take_turns", [False, True])
+@pytest.mark.parametrize(
+    ("warpgroups", "take_turns"), [(1, False), (2, True), (3, True), *thorough([(1, True), (2, False), (3, False)])]
+)
 def test_any_number_of_warpgroups_gives_the_same(warpgroups, take_turns):
     case = shapes.AttentionCase("several", 1, 200, 200, 2, 1, 64, alibi="float32")
     inputs = case.draw(3)

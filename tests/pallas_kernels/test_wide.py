@@ -18,6 +18,7 @@ from tests.pallas_kernels import hopper
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.stage_cases import FORMS, input_stage, normal, product_reference, weight
 from tests.pallas_kernels.tolerance import require_close
+from tests.thorough import thorough
 
 # Form, inputs, outputs of each product, rows, plan: several turns of a block, chunks past the end, rows and outputs
 # past the end, groups of rows.
@@ -146,10 +147,14 @@ MODELS = {
 COMPILED = [
     *(("falcon-40b-alibi", form, 4096, None) for form in FORMS),
     ("falcon-7b", "int4", 512, None),
-    ("falcon-rw-1b", "native", 1024, None),
-    ("falcon-40b-alibi", "int4", 1024, WidePlan(cluster=1)),
-    ("falcon-40b-alibi", "native", 1024, WidePlan(rows=128, stages=3, chunk=128)),
-    ("falcon-40b-alibi", "int8", 128, WidePlan(outputs=64, rows=128)),
+    *thorough(
+        [
+            ("falcon-rw-1b", "native", 1024, None),
+            ("falcon-40b-alibi", "int4", 1024, WidePlan(cluster=1)),
+            ("falcon-40b-alibi", "native", 1024, WidePlan(rows=128, stages=3, chunk=128)),
+            ("falcon-40b-alibi", "int8", 128, WidePlan(outputs=64, rows=128)),
+        ]
+    ),
 ]
 
 

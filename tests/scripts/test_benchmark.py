@@ -3,7 +3,6 @@
 How fast anything is stays out of tests.
 """
 
-import gc
 import importlib.util
 import json
 import sys
@@ -18,7 +17,7 @@ from benchmarks import hardware, limits, measure, peers, seed_table
 from benchmarks.limits import Workload
 from falcon_jax.config import PRESETS
 from falcon_jax.model import params as model_params
-from tests import commands, hf_models, models
+from tests import benchmarking, commands, hf_models, models
 
 NEW_TOKENS = 3
 
@@ -36,48 +35,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def call(script, monkeypatch, capfd):
+def call(script, monkeypatch, capfd, tmp_path):
     """Runs the script in this process on small measurements; returns its exit code, stdout and stderr."""
-    monkeypatch.setattr(hardware, "MEASURE_S", 0.0)
-    monkeypatch.setattr(hardware, "MATRIX_SIZES", {"cpu": 64, "gpu": 64})
-    monkeypatch.setattr(limits, "MEMORY_READ_BYTES", {"cpu": 2**20, "gpu": 2**20})
     # Traced and cut as for the real compiler, which takes half a minute a model here.
     monkeypatch.setattr(peers, "COMPILE", {"backend": "eager", "mode": None})
     monkeypatch.setattr(measure, "PAUSE_S", 0.0)
-    # A pass over all that JAX and PyTorch have made takes 0.4 s.
-    monkeypatch.setattr(gc, "collect", lambda *arguments: 0)
-    # The script sets these for its own process.
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        # A cache would last beyond the test, and stay switched on in this process.
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--compilation-cache", "off"])
-        code = script.run()
-        return code, *capfd.readouterr()
-
-    return run
+    return benchmarking.caller(script.run, monkeypatch, capfd, tmp_path / "results", *benchmarking.NO_CACHE)
 
 
 def small(*arguments: str) -> list[str]:
     return ["--context", "5", "--new-tokens", str(NEW_TOKENS), "--repeats", "2", *arguments]
 
 
-@pytest.fixture
-def results(script, monkeypatch, tmp_path) -> Path:
-    """The folder that --save writes to."""
-    monkeypatch.setattr(script, "REPOSITORY", tmp_path)
-    (tmp_path / "benchmarks").mkdir()
-    return tmp_path / "benchmarks" / "results"
-
-
-def test_last_line_says_limit_ours_peers_and_machine(call, folder, results):
+def test_last_line_says_limit_ours_peers_and_machine(call, folder, tmp_path):
     """The peer that is compiled crashes on models with ALiBi: a result like any other."""
     code, text, _ = call("--model", str(folder), *small("--batch", "2", "--dtype", "float32", "--save", "tiny"))
     assert code == 0
     lines = text.splitlines()
     document = json.loads(lines[-1])
-    assert json.loads((results / "tiny.json").read_text()) == document
+    assert json.loads((tmp_path / "results" / "tiny.json").read_text()) == document
     first_limit = next(i for i, line in enumerate(lines) if line.startswith("limit:"))
     assert first_limit < next(i for i, line in enumerate(lines) if line.startswith("falcon_jax float32"))
 
@@ -136,12 +112,12 @@ def tiny_table(monkeypatch, *arguments: str) -> list[str]:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU each contestant compiles in its own process")
-def test_seed_table_has_a_result_for_each_model_row_and_contestant(call, monkeypatch, results):
+def test_seed_table_has_a_result_for_each_model_row_and_contestant(call, monkeypatch, tmp_path):
     code, text, _ = call(*tiny_table(monkeypatch, "--save", "tiny"))
     assert code == 0
     *lines, last = text.splitlines()
     document = json.loads(last)
-    assert json.loads((results / "tiny.json").read_text()) == document
+    assert json.loads((tmp_path / "results" / "tiny.json").read_text()) == document
     found = table(document)
     contestants = ("falcon_jax", "transformers", "transformers compiled")
     rows = ("first_token", "decode", "peak", "long")
