@@ -25,9 +25,13 @@ Accumulator = plgpu.WGMMAAccumulatorRef
 
 def tiled(*shape: int, dtype: Any) -> Any:
     """Shared memory as copies fill it and the tensor cores read it: in tiles of 8 rows of 128 bytes."""
+    return plgpu.SMEM(shape, dtype, transforms=tiling(dtype))
+
+
+def tiling(dtype: Any) -> tuple[Any, ...]:
+    """What `tiled` makes of an array's order in memory."""
     tile = (8, 128 // jnp.dtype(dtype).itemsize)
-    transforms = plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 
 
 def store(ref: Any, x: Any) -> None:
@@ -36,6 +40,20 @@ def store(ref: Any, x: Any) -> None:
         plain(ref, x, optimized=False)
     else:
         ref[...] = x
+
+
+def let_next_launch_begin() -> None:
+    """Lets blocks of the launch after this one begin as soon as all of this one's have and there is room for them."""
+    plgpu.griddepcontrol_launch_dependents()
+
+
+def wait_for_launch_before() -> None:
+    """Returns when the launch before has ended, whose blocks may still run where it let this one begin.
+
+    What launches before have written is read after this, and what they read is written after it. As each launch that
+    lets others begin waits itself, all launches before that one have ended as well.
+    """
+    plgpu.griddepcontrol_wait()
 
 
 def fence_memory() -> None:

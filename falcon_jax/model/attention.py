@@ -62,15 +62,25 @@ class Attention(nnx.Module):
         return attention_probabilities(q, k, step.offsets, None, step.slopes, step.alibi, scale)
 
     def attend_to_cache(
-        self, q: Float[Array, "rows T N H"], keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"], step: Step
+        self,
+        q: Float[Array, "rows T N H"],
+        keys: Float[Array, "B S K H"],
+        values: Float[Array, "B S K H"],
+        step: Step,
+        *,
+        overlaps: bool = False,
     ) -> Float[Array, "rows T N H"]:
-        """Queries at positions offsets[b] + t against all that the cache holds, the tokens at hand included."""
+        """Queries at positions offsets[b] + t against all that the cache holds, the tokens at hand included.
+
+        overlaps: as of `decode_attention`, which single tokens go through.
+        """
         keys, arguments = self._rotate_late(keys, step), step.attention_arguments()
         if q.shape[1] > 1:
             return flash_attention.attention(q, keys, values, query_offset=step.offsets, **arguments)
         # A row that has ended reads nothing: its garbage would cost as much as a living row's keys.
         lengths = jnp.where(step.ends > step.offsets, step.offsets + 1, 0)
-        return decode_attention.decode_attention(q[:, 0], keys, values, lengths=lengths, **arguments)[:, None]
+        out = decode_attention.decode_attention(q[:, 0], keys, values, lengths=lengths, overlaps=overlaps, **arguments)
+        return out[:, None]
 
     def rotate(self, q: Array, k: Array, step: Step) -> tuple[Array, Array]:
         """Turns queries and keys by their positions, where the model has RoPE and the cache holds turned keys."""

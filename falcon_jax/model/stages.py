@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from falcon_jax.model.decoder import Block, FalconDecoder
     from falcon_jax.model.linear import LayerNorm, Linear
 
+# Whether a launch begins while the one before still runs, and reads its first weights, which are a program's arguments.
+# Not before a GPU has measured it: benchmarks/LOG.md.
+OVERLAPS = False
+
 
 def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
     """Whether so many tokens go through the stages where kernels for them exist, by the weights' form.
@@ -125,7 +129,7 @@ class _Shared:
         return projection.product(x, is_split=self.split[name], **rest)
 
     def project(self, products: list[Product]) -> list[Array]:
-        return project(products, mesh=self.mesh, implementation=self.implementation)
+        return project(products, mesh=self.mesh, overlaps=OVERLAPS, implementation=self.implementation)
 
 
 def _positions(decoder: FalconDecoder, step: Step, cache: KVCache, num_rows: int):
@@ -175,6 +179,7 @@ def _layer(
             counter=counter,
             mesh=shared.mesh,
             are_split=[shared.split[name] for name in inputs],
+            overlaps=OVERLAPS,
             implementation=shared.implementation,
         )
 
@@ -224,6 +229,6 @@ def _attend(
         assert kept is not None  # slots came in
     else:
         kept = k.reshape(slots[0].shape), v.reshape(slots[1].shape)
-        out = attention.attend_to_cache(q, *kept, step)
+        out = attention.attend_to_cache(q, *kept, step, overlaps=OVERLAPS)
     out = out.reshape(-1, out.shape[2] * H)
     return jnp.pad(out, ((0, num_rows - out.shape[0]), (0, 0))), kept, made

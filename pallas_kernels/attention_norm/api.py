@@ -33,6 +33,7 @@ def attention_norm(
     counter: Int[Array, "1"] | None = None,
     mesh: Mesh | None = None,
     are_split: Sequence[bool] = (),
+    overlaps: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows D"], list[Float[Array, "*rows D"]], Int[Array, "1"]]:
     """What a layer's output projections add to the residual, and the layer norms that the next stage reads.
@@ -45,6 +46,9 @@ def attention_norm(
         of one program hand it on: two that run at the same time could keep each other's blocks from the GPU for ever.
       mesh, are_split: None, or a mesh, and for each x whether it and its weight's inputs lie over the mesh's tensor
         axis. Each device adds up its part, rounded to x's dtype; the sum over the axis, residual and norms follow.
+      overlaps: lets the launch after this one begin, and this one begin, while the launch before still runs (CUDA's
+        programmatic dependent launch). Weights are then read before it has ended: no launch of the program may write
+        them.
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:
@@ -58,7 +62,8 @@ def attention_norm(
     if counter is None:
         counter = jnp.zeros(1, jnp.int32)
     if size_of(mesh) > 1:
-        add = functools.partial(_add, num_outputs=residual.shape[-1], implementation=implementation)
+        options = {"overlaps": overlaps, "implementation": implementation}
+        add = functools.partial(_add, num_outputs=residual.shape[-1], **options)
         made = attention_norm_over(mesh, xs, weights, are_split, residual, norms, biases, epsilon, add)
         return *made, counter
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
@@ -79,8 +84,9 @@ def attention_norm(
     from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
 
     out, normed, counter = attention_norm_mosaic(
-        [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, counter, epsilon=epsilon
-    )
+        [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, counter,
+        epsilon=epsilon, overlaps=overlaps,
+    )  # fmt: skip
 
     def back(x: Array) -> Array:
         return x[: products[0].num_rows].reshape(residual.shape)
@@ -88,7 +94,9 @@ def attention_norm(
     return back(out), [back(x) for x in normed], counter
 
 
-def _add(xs: Sequence[Array], weights: Sequence[Any], *, num_outputs: int, implementation: str | None) -> Array:
+def _add(
+    xs: Sequence[Array], weights: Sequence[Any], *, num_outputs: int, overlaps: bool, implementation: str | None
+) -> Array:
     """What a device's products come to, rounded to x's dtype: [..., num_outputs]."""
     products = [Product(x, weight, num_outputs) for x, weight in zip(xs, weights, strict=True)]
     candidates = {"mosaic": lambda: _sum_reason(products), "xla": lambda: None}
@@ -98,7 +106,7 @@ def _add(xs: Sequence[Array], weights: Sequence[Any], *, num_outputs: int, imple
 
     from pallas_kernels.attention_norm.mosaic import add_mosaic
 
-    made = add_mosaic([in_eights(x) for x in xs], weights, num_outputs)
+    made = add_mosaic([in_eights(x) for x in xs], weights, num_outputs, overlaps=overlaps)
     return made[: products[0].num_rows].reshape(*xs[0].shape[:-1], num_outputs)
 
 

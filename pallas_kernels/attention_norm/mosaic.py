@@ -52,18 +52,24 @@ def attention_norm_mosaic(
     counter: Int[Array, "1"],
     *,
     epsilon: float,
+    overlaps: bool = False,
     plan: Plan | None = None,
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, "1"]]:
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the counter for the next launch."""
     return _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], counter,
-        shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon, plan=plan,
+        shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon, overlaps=overlaps, plan=plan,
         num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
 
 
 def add_mosaic(
-    xs: Sequence[Float[Array, "R _"]], weights: Sequence[Any], num_outputs: int, *, plan: Plan | None = None
+    xs: Sequence[Float[Array, "R _"]],
+    weights: Sequence[Any],
+    num_outputs: int,
+    *,
+    overlaps: bool = False,
+    plan: Plan | None = None,
 ) -> Float[Array, "R O"]:
     """The products alone, added up in float32 and rounded to x's dtype; rows are a multiple of 8.
 
@@ -72,15 +78,17 @@ def add_mosaic(
     shape = jax.ShapeDtypeStruct((xs[0].shape[0], num_outputs), xs[0].dtype)
     out, _, _ = _launch(
         list(xs), list(weights), [], None, [], None,
-        shape=shape, epsilon=0.0, plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
+        shape=shape, epsilon=0.0, overlaps=overlaps, plan=plan,
+        num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "plan", "num_sms", "interpretable"))
+@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "overlaps", "plan", "num_sms", "interpretable"))
 def _launch(
     xs, weights, biases, residual, norms, counter,
-    *, shape: jax.ShapeDtypeStruct, epsilon: float, plan: Plan | None, num_sms: int, interpretable: bool,
+    *, shape: jax.ShapeDtypeStruct, epsilon: float, overlaps: bool,
+    plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
     num_rows, width = shape.shape
     launch = output_launch(weights, width, num_rows, len(norms), num_sms, plan)
@@ -110,7 +118,7 @@ def _launch(
             return Stream(
                 launch, arrays["weights"],
                 block=block, split=split, warpgroup=warpgroup,
-                xs=arrays["xs"], smem=smem, interpretable=interpretable,
+                xs=arrays["xs"], smem=smem, overlaps=overlaps, interpretable=interpretable,
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:

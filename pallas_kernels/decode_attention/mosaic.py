@@ -36,7 +36,7 @@ from pallas_kernels.decode_attention.cluster import MATRIX, PER_HEAD
 from pallas_kernels.decode_attention.plan import MAX_HEADS, REDUCTION_BYTES, Plan, Shape, default_plan
 from pallas_kernels.decode_attention.reference import PAGE
 from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
-from pallas_kernels.hopper import LOG2E, filled, rounded, tiled
+from pallas_kernels.hopper import LOG2E, filled, let_next_launch_begin, rounded, tiled, wait_for_launch_before
 
 # Registers of one value a key: a row of the scores.
 PER_KEY = MATRIX.reduce(1)
@@ -67,13 +67,14 @@ def decode_mosaic(
     scale: float,
     page_table: Int[Array, "B max_pages"] | None,
     *,
+    overlaps: bool = False,
     plan: Plan | None = None,
 ) -> Float[Array, "R N H"]:
     """`decode_attention` by the kernel; its arguments, all given. `plan` None takes the tuned one.
 
     Under vmap the mapped calls become rows of one launch; slopes may not be mapped over.
     """
-    options = {"alibi": alibi, "scale": scale, "plan": plan}
+    options = {"alibi": alibi, "scale": scale, "overlaps": overlaps, "plan": plan}
     options |= {"num_sms": compat.num_sms(), "interpretable": compat.interpreting()}
     launch = jax.custom_batching.custom_vmap(functools.partial(_launch, **options))
 
@@ -97,17 +98,17 @@ def decode_mosaic(
         B = lengths.shape[-1]
         idle = q.shape[-3] - B  # rows without a length, which would stand between those of the mapped calls
         q, lengths = rows(q[..., :B, :, :], q_mapped), rows(lengths, lengths_mapped)
-        out = decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table, plan=plan)
+        out = decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table, overlaps=overlaps, plan=plan)
         return jnp.pad(out.reshape(axis_size, B, *out.shape[1:]), ((0, 0), (0, idle), (0, 0), (0, 0))), True
 
     return launch(q, keys, values, lengths, slopes, page_table)
 
 
 # Compiled once a shape: what calls this in every layer would otherwise lower the kernel in every layer.
-@functools.partial(jax.jit, static_argnames=("alibi", "scale", "plan", "num_sms", "interpretable"))
+@functools.partial(jax.jit, static_argnames=("alibi", "scale", "overlaps", "plan", "num_sms", "interpretable"))
 def _launch(
     q, keys, values, lengths, slopes, page_table,
-    *, alibi: str, scale: float, plan: Plan | None, num_sms: int, interpretable: bool,
+    *, alibi: str, scale: float, overlaps: bool, plan: Plan | None, num_sms: int, interpretable: bool,
 ) -> Array:  # fmt: skip
     num_rows, N, H = q.shape
     B, K = lengths.shape[0], keys.shape[2]
@@ -162,7 +163,7 @@ def _launch(
         slopes = jnp.pad(slopes.reshape(K, shape.G), ((0, 0), (0, padding))).reshape(-1)
     inputs = {"q": q.reshape(grouped.shape), "k": keys, "v": values, "lengths": lengths}
     inputs |= {name: x for name, x in {"slopes": slopes, "table": page_table}.items() if x is not None}
-    settings = _Settings(shape, plan, exchange, alibi, scale, interpretable)
+    settings = _Settings(shape, plan, exchange, alibi, scale, overlaps and not interpretable, interpretable)
     # Pallas adds a barrier of the warpgroup wherever shared memory changes hands, some 5 a tile. Here warps meet where
     # they must: in over_keys, in commit_smem and at barriers in memory. Where results go through memory, Pallas' own
     # sums want theirs.
@@ -197,6 +198,7 @@ class _Settings:
     exchange: cluster.Exchange | None
     alibi: str
     scale: float
+    overlaps: bool
     interpretable: bool
 
 
@@ -218,6 +220,9 @@ class _Warpgroup:
         self.stream = self.index * self.plan.splits + self.split
 
     def run(self) -> None:
+        if self.settings.overlaps:
+            let_next_launch_begin()
+            wait_for_launch_before()
         # The first tile is the same whatever the row's length is, and need not wait for that; of pages it does.
         early = not self.is_paged
         has_first = self.stream * self.plan.keys < self.shape.capacity

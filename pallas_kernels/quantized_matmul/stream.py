@@ -27,10 +27,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import filled, tiled
+from pallas_kernels.hopper import filled, let_next_launch_begin, tiled, wait_for_launch_before
 from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, storage
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
+from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments, products_by_warps
 from pallas_kernels.quantized_matmul.plan import Launch, Plan
 
 MATRIX = plgpu.Layout.WGMMA
@@ -91,6 +91,7 @@ class Stream:
       block, split, warpgroup: whose it is.
       xs: each operand's x [R, I] in device memory.
       smem: as `scratch` says.
+      overlaps: whether the launch runs beside the end of the one before, and the beginning of the one after.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class Stream:
         warpgroup: Any,
         xs: Sequence[Any],
         smem: dict[str, Any],
+        overlaps: bool,
         interpretable: bool,
     ):
+        self.overlaps = overlaps and not interpretable
         self.launch, self.operands, self.plan, self.form = launch, launch.operands, launch.plan, launch.form
         self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
         plan, self.is_sum = self.plan, launch.is_sum
@@ -125,30 +128,43 @@ class Stream:
         self.total = self.per_turn * self.num_turns
 
     def begin(self) -> None:
-        """Starts the first copies, where the plan has no producer for them."""
+        """Starts the first copies, where the plan has no producer for them; then the launch before has ended."""
+        if self.overlaps:
+            let_next_launch_begin()
         if not self.plan.producer:
-            for n in range(self.plan.stages):
-                self._start(jnp.int32(n))
+            self._start_first(self._start)
+        elif self.overlaps:
+            wait_for_launch_before()
 
     def produce(self) -> None:
         """Starts all copies, as `warpgroup` empties its stages: what a warp of the producer does."""
+        self._start_first(self._copy)
 
         def start(n: Any, carry: None) -> None:
             slot = lax.rem(n, jnp.int32(self.plan.stages))
-            empty = self.smem["empty"].at[self.warpgroup * self.plan.stages + slot]
-            pl.when(n >= self.plan.stages)(lambda: plgpu.barrier_wait(empty))
-            pl.when(n < self.total)(lambda: self._copy(n))
+            plgpu.barrier_wait(self.smem["empty"].at[self.warpgroup * self.plan.stages + slot])
+            self._copy(n)
             return carry
 
         # It stays until all is consumed: barriers want every phase seen.
-        lax.fori_loop(0, self.total + self.plan.stages, start, None)
+        lax.fori_loop(self.plan.stages, self.total + self.plan.stages, start, None)
 
-    def _start(self, n: Any) -> None:
-        """Starts the copies of this warpgroup's n-th chunk, if there is one: a warp does, the others go on."""
+    def _start_first(self, start: Callable[..., None]) -> None:
+        """Starts the copies of as many chunks as there are stages. The launch before makes x, and no weights."""
+        first = [jnp.int32(n) for n in range(self.plan.stages)]
+        if self.overlaps:
+            for n in first:
+                start(n, of_x=False)
+            wait_for_launch_before()
+        for n in first:
+            start(n, of_weights=not self.overlaps)
+
+    def _start(self, n: Any, **parts: bool) -> None:
+        """`_copy` by one warp, while the others go on."""
 
         @plgpu.warp_map
         def _in_a_warp(warp: Any) -> None:
-            pl.when((warp == 0) & (n < self.total))(lambda: self._copy(n))
+            pl.when(warp == 0)(lambda: self._copy(n, **parts))
 
     def tile(self, turn: Any, i: int) -> Any:
         """The i-th tile of a turn, counted in the launch. The last ones may not exist."""
@@ -163,7 +179,11 @@ class Stream:
             start += count
         return totals
 
-    def _copy(self, n: Any) -> None:
+    def _copy(self, n: Any, **parts: bool) -> None:
+        """Starts the copies of this warpgroup's n-th chunk, if there is one, or those of a part of it."""
+        pl.when(n < self.total)(lambda: self._copy_chunk(n, **parts))
+
+    def _copy_chunk(self, n: Any, **parts: bool) -> None:
         turn, within = jnp.int32(0), n
         if not self.has_one_turn:
             per_turn = jnp.maximum(self.per_turn, 1)
@@ -174,17 +194,21 @@ class Stream:
             for k, operand in enumerate(self.operands):
                 own = tile - operand.first_tile
                 is_own = (own >= 0) & (own < operand.num_tiles)
-                pl.when(is_own)(functools.partial(self._copy_term, k, slot, within, [own]))
+                pl.when(is_own)(functools.partial(self._copy_term, k, slot, within, [own], **parts))
             return
         # A tile that does not exist is the last one once more.
         tiles = [jnp.minimum(self.tile(turn, i), self.launch.num_tiles - 1) for i in range(self.plan.width)]
         for k, count in enumerate(self.counts):
-            pl.when((within >= 0) & (within < count))(functools.partial(self._copy_term, k, slot, within, tiles))
+            copy = functools.partial(self._copy_term, k, slot, within, tiles, **parts)
+            pl.when((within >= 0) & (within < count))(copy)
             within = within - count
 
-    def _copy_term(self, k: int, slot: Any, within: Any, tiles: list[Any]) -> None:
-        self._copy_x(k, slot, within)
-        for i, tile in enumerate(tiles):
+    def _copy_term(
+        self, k: int, slot: Any, within: Any, tiles: list[Any], of_x: bool = True, of_weights: bool = True
+    ) -> None:
+        if of_x:
+            self._copy_x(k, slot, within)
+        for i, tile in enumerate(tiles if of_weights else []):
             self._copy_tile(k, slot, within, i, tile)
 
     def _group(self, within: Any) -> Any:
@@ -264,7 +288,10 @@ class Stream:
                 following = operands(number + 1)  # while the product is under way
                 return accumulator[...], following
 
-            made, parts = pl.run_scoped(product, self._accumulator())
+            if self.plan.by_warps and not self.interpretable:
+                made, parts = products_by_warps(parts, x, group), operands(number + 1)
+            else:
+                made, parts = pl.run_scoped(product, self._accumulator())
             at = (self.warpgroup, slot, i, 0 if self.form == "int8" else group)
             scale = plgpu.load(self.smem["scales"].at[at], layout=MATRIX.reduce(1), optimized=False)
             totals[i] += made * lax.broadcast_in_dim(scale.astype(jnp.float32), made.shape, [0])

@@ -8,6 +8,7 @@ import pytest
 
 from falcon_jax.config import PRESETS
 from falcon_jax.model import params as model_params
+from falcon_jax.model import stages
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.quantize import WEIGHTS
 from falcon_jax.model.step import ForwardOptions
@@ -59,3 +60,33 @@ def test_prompts_and_decoding_through_fused_stages_stay_within_twice_the_error_o
         return jax.jit(run)(model_params.cast(params, dtype), ids)
 
     require_close(logits("mosaic", jnp.bfloat16), logits("xla", jnp.bfloat16), logits("xla", jnp.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", ["falcon-rw-1b", "falcon-7b", "falcon-40b-alibi"])
+def test_steps_whose_launches_overlap_give_the_same_bits(name, weights, monkeypatch):
+    if (reason := compat.mosaic_reason()) is not None:
+        pytest.skip(reason)
+    config = dataclasses.replace(PRESETS[name], num_layers=4, vocab_size=512)
+    params = model_params.init(config, jax.random.key(0), jnp.bfloat16, weights=weights)
+    ids = jax.random.randint(jax.random.key(1), (2, 65), 0, config.vocab_size)
+
+    def hidden_states():
+        @jax.jit
+        def run(params, ids):
+            decoder = model_params.bind(config, params, ForwardOptions(stages="mosaic"))
+            _, cache = decoder(ids, cache=KVCache.create(config, 2, 128, jnp.bfloat16), cache_is_empty=True)
+
+            def step(_, carry):
+                cache, _ = carry
+                hidden, cache = decoder(ids[:, :1], cache=cache)
+                return cache, hidden
+
+            return jax.lax.fori_loop(0, 60, step, (cache, jnp.zeros((2, 1, config.width), jnp.bfloat16)))[1]
+
+        return run(params, ids)
+
+    alone = hidden_states()
+    monkeypatch.setattr(stages, "OVERLAPS", True)
+    assert jnp.array_equal(alone, hidden_states())

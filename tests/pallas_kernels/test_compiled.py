@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,14 +27,6 @@ from pallas_kernels.flash_attention.tiles import padded_length
 from pallas_kernels.quantized_matmul import Product, project, storage
 from tests.pallas_kernels import hopper
 from tests.thorough import thorough
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[hopper.Compiler]:
-    if sys.platform != "linux":
-        pytest.skip("NVIDIA's compiler runs on Linux")
-    with hopper.Compiler() as compiler:
-        yield compiler
 
 
 def array(shape: tuple[int, ...], dtype: Any = "float32") -> jax.ShapeDtypeStruct:

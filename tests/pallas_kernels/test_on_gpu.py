@@ -17,7 +17,10 @@ from pallas_kernels.decode_attention import decode_attention, mosaic
 from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention import attention
-from pallas_kernels.quantized_matmul import Product, quantize
+from pallas_kernels.quantized_matmul import Product, project, quantize
+from pallas_kernels.quantized_matmul.mosaic import project_mosaic
+from pallas_kernels.quantized_matmul.plan import Plan as StagePlan
+from pallas_kernels.quantized_matmul.reference import matmul_reference
 from tests.pallas_kernels.packing import starts_of
 from tests.pallas_kernels.tolerance import allowed, error, require_close
 
@@ -302,3 +305,51 @@ def test_a_devices_part_of_an_output_stage(width, sizes, form):
     nothing = jnp.zeros((8, width), jnp.float32)
     exact, _ = attention_norm_reference([x.astype(jnp.float32) for x in xs], weights, [], nothing, [], 1e-5)
     require_close(jax.jit(add_mosaic, static_argnums=2)(xs, weights, width), plain, exact)
+
+
+@pytest.mark.parametrize("num_rows", [8, 16])
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_products_by_warps_are_those_of_warpgroups_but_for_rounding(form, num_rows):
+    inputs, outputs = 1024, 512
+    x = jax.random.normal(jax.random.key(0), (num_rows, inputs)).astype(jnp.bfloat16)
+    weight = quantize(jax.random.normal(jax.random.key(1), (inputs, outputs)).astype(jnp.bfloat16), form)
+    exact = matmul_reference(x.astype(jnp.float32), weight, outputs)
+    for plan in (StagePlan(2, 2), StagePlan(3, 3, groups=2), StagePlan(4, 2, producer=True)):
+        made = [
+            project_mosaic([Product(x, weight, outputs)], plan=dataclasses.replace(plan, by_warps=by_warps))[0]
+            for by_warps in (False, True)
+        ]
+        require_close(made[1], made[0], exact)
+
+
+@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@pytest.mark.parametrize(("width", "mlp_width"), [(2048, 8192), (4544, 18176)])
+def test_launches_that_overlap_give_the_same_bits(width, mlp_width, form):
+    def weight(seed: int, *shape: int):
+        w = jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16) * shape[0] ** -0.5
+        return w if form == "native" else quantize(w, form)
+
+    x = jax.random.normal(jax.random.key(4), (8, width)).astype(jnp.bfloat16)
+    norm = jnp.ones(width, jnp.bfloat16), jnp.zeros(width, jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnames="overlaps")
+    def chain(x, up, down, norm, *, overlaps: bool):
+        def layer(_, carry):
+            residual, normed, counter = carry
+            (hidden,) = project(
+                [Product(normed, up, mlp_width, None, "gelu")], overlaps=overlaps, implementation="mosaic"
+            )
+            residual, (normed,), counter = attention_norm(
+                [hidden], [down], residual, [norm],
+                epsilon=1e-5, counter=counter, overlaps=overlaps, implementation="mosaic",
+            )  # fmt: skip
+            return residual, normed, counter
+
+        carry = x, x, jnp.zeros(1, jnp.int32)
+        for _ in range(8):  # side by side in one graph
+            carry = layer(0, carry)
+        return jax.lax.fori_loop(0, 1000, layer, carry)[:2]
+
+    arguments = x, weight(1, width, mlp_width), weight(2, mlp_width, width), norm
+    for alone, overlapping in zip(chain(*arguments, overlaps=False), chain(*arguments, overlaps=True)):
+        np.testing.assert_array_equal(alone, overlapping)

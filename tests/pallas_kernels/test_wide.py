@@ -1,7 +1,5 @@
 """The stages for many rows: kernels interpreted with race detection, and as they run, compiled for an H100."""
 
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -120,14 +118,6 @@ def test_plans_that_do_not_suit_are_refused():
 
 
 # As compiled.
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[hopper.Compiler]:
-    if sys.platform != "linux":
-        pytest.skip("NVIDIA's compiler runs on Linux")
-    with hopper.Compiler() as compiler:
-        yield compiler
 
 
 def array(*shape: int, dtype: Any = "bfloat16") -> jax.ShapeDtypeStruct:

@@ -1,0 +1,72 @@
+"""Ways of running the stages that are not the default, compiled for an H100: what the machine code does, and when."""
+
+import re
+
+import pytest
+
+from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
+from pallas_kernels.decode_attention.mosaic import decode_mosaic
+from pallas_kernels.quantized_matmul import Product
+from pallas_kernels.quantized_matmul.mosaic import project_mosaic
+from pallas_kernels.quantized_matmul.plan import Plan
+from tests.pallas_kernels.test_compiled import array, few_bits, require_no_problems
+
+WIDTH, MLP_WIDTH = 1024, 4096
+EVENT = re.compile(r"griddepcontrol\.(launch_dependents|wait)|cp\.async\.bulk\.(?:tensor\S*\.)?shared")
+
+
+def input_stage(form: str, num_rows: int = 8) -> list[Product]:
+    x = array((num_rows, WIDTH), "bfloat16")
+    return [Product(x, few_bits(form, WIDTH, MLP_WIDTH), MLP_WIDTH, None, "gelu")]
+
+
+def output_stage(form: str, num_rows: int = 8) -> tuple:
+    column = array((WIDTH,), "bfloat16")
+    x, weight = array((num_rows, MLP_WIDTH), "bfloat16"), few_bits(form, MLP_WIDTH, WIDTH)
+    residual, counter = array((num_rows, WIDTH), "bfloat16"), array((1,), "int32")
+    return [x], [weight], [], residual, [(column, column)], counter
+
+
+def events(ptx: str) -> list[str]:
+    """What of these a kernel does, in the order of its code: let the next launch begin, wait for one before, copy."""
+    return [match.group(1) or "copy" for match in EVENT.finditer(ptx)]
+
+
+@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+def test_launches_that_overlap_read_weights_before_they_wait_and_x_after(compiler, form):
+    for overlaps in (False, True):
+        for report in (
+            compiler.compile(project_mosaic, input_stage(form), overlaps=overlaps, dump=["ptx"]),
+            compiler.compile(attention_norm_mosaic, *output_stage(form), epsilon=1e-5, overlaps=overlaps, dump=["ptx"]),
+        ):
+            require_no_problems(report)
+            found = events(report.log)
+            if not overlaps:
+                assert set(found) == {"copy"}
+                continue
+            assert found[0] == "launch_dependents" and found.count("launch_dependents") == 1
+            # A producer waits as well as those for whom it copies.
+            last_wait = len(found) - 1 - found[::-1].index("wait")
+            first_copy = found.index("copy")
+            assert first_copy < last_wait < len(found) - 1
+            assert found[first_copy:last_wait].count("copy") >= 2  # weights, of each stage
+
+
+def test_decoding_that_overlaps_waits_before_it_reads_anything(compiler):
+    q, cache = array((8, 64, 128), "bfloat16"), array((1, 4096, 1, 128), "bfloat16")
+    arguments = (q, cache, cache, array((1,), "int32"), array((64,)), "float32", 0.1, None)
+    report = compiler.compile(decode_mosaic, *arguments, overlaps=True, dump=["ptx"])
+    require_no_problems(report)
+    assert events(report.log)[:3] == ["launch_dependents", "wait", "copy"]
+
+
+@pytest.mark.parametrize("num_rows", [8, 16])
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_products_by_warps_take_no_instruction_of_a_warpgroup_and_do_not_spill(compiler, form, num_rows):
+    plan = Plan(4, 2, groups=1, by_warps=True)
+    for report in (
+        compiler.compile(project_mosaic, input_stage(form, num_rows), plan=plan, dump=["sass"]),
+        compiler.compile(attention_norm_mosaic, *output_stage(form, num_rows), epsilon=1e-5, plan=plan, dump=["sass"]),
+    ):
+        require_no_problems(report)
+        assert report.log.count("HMMA.16816.F32.BF16") >= num_rows and "HGMMA" not in report.log
