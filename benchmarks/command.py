@@ -32,6 +32,29 @@ def save(document: dict[str, Any], name: str | None) -> None:
         (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
+def parse_variant(words: str) -> dict[str, Any]:
+    """Settings from what --variants has, "batch_size=32,remat=block"; dashes will do in names.
+
+    Raises:
+      RequestError: a part that is not name=value.
+    """
+    found = {}
+    for part in words.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or not name:
+            raise RequestError(f"--variants {words}: {part!r} is not name=value, as in stages=2,groups=1")
+        found[name.replace("-", "_")] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    """A number or a truth value as JSON has it, else the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def finish(measure: Callable[[], dict[str, Any]], failures: Callable[[dict[str, Any]], list[str]]) -> int:
     """Runs `measure`, prints what it returns, and says what `failures` finds in it.
 

@@ -11,7 +11,7 @@ hence many layers in a round, and many rounds.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +20,15 @@ from jaxtyping import Array
 
 from benchmarks.kernel_turns import Entry, Group, Program, prepare
 from falcon_jax.config import FalconConfig
+from falcon_jax.errors import RequestError
+from falcon_jax.generate.programs import WITHOUT_CUDA_GRAPHS
 from pallas_kernels import compat
 from pallas_kernels.attention_norm import attention_norm
 from pallas_kernels.attention_norm.reference import attention_norm_reference
 from pallas_kernels.quantized_matmul import Product, project, quantize
+from pallas_kernels.quantized_matmul.plan import Plan, input_launch, output_launch
 
-OURS, PLAIN = "ours", "XLA"
+PLAIN = "XLA"
 PARTS = ("output", "both")
 # What the weights of a chain take: far more than a second-level cache.
 CHAIN_BYTES = {"cpu": 2**20, "gpu": 2 * 2**30}
@@ -68,13 +71,86 @@ class StageCase:
         return sum(array.nbytes for name in names for array in jax.tree.leaves(layer[name]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way of running ours.
+
+    overlaps: launches begin while those before still run. cuda_graphs: off launches each by itself.
+    plan: what a launch's Plan has beside its default: pairs of a field and its value, of both stages.
+    """
+
+    overlaps: bool = False
+    cuda_graphs: bool = True
+    plan: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Variant":
+        """From names and values. Raises: RequestError where there is no such setting."""
+        own = {name: value for name, value in settings.items() if name in ("overlaps", "cuda_graphs")}
+        rest = {name: value for name, value in settings.items() if name not in own}
+        known = [field.name for field in dataclasses.fields(Plan)]
+        for name in rest:
+            if name not in known:
+                raise RequestError(f"--variants {name} is unknown; known are overlaps, cuda_graphs, {', '.join(known)}")
+        return cls(**own, plan=tuple(rest.items()))
+
+    def __str__(self) -> str:
+        words = ["overlaps"] * self.overlaps + ["no graphs"] * (not self.cuda_graphs)
+        return " ".join(["ours", *words, *(f"{name}={value}" for name, value in self.plan)])
+
+    @property
+    def compiler_options(self) -> Mapping[str, str] | None:
+        return None if self.cuda_graphs else WITHOUT_CUDA_GRAPHS
+
+    def project(self, products: list[Product]) -> list[Array]:
+        if not self.plan:
+            return project(products, overlaps=self.overlaps, implementation="mosaic")
+        weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
+        from pallas_kernels.quantized_matmul.mosaic import project_mosaic
+
+        launch = input_launch(weights, outputs, products[0].num_rows, compat.num_sms())
+        return project_mosaic(products, overlaps=self.overlaps, plan=self._changed(launch.plan))
+
+    def attention_norm(self, xs: list[Array], weights: list[Any], residual: Array, norms: Any, **options: Any) -> Any:
+        if not self.plan:
+            return attention_norm(
+                xs, weights, residual, norms, **options, overlaps=self.overlaps, implementation="mosaic"
+            )
+        from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
+
+        rows, width = residual.shape
+        launch = output_launch(weights, width, rows, len(norms), compat.num_sms())
+        counter, plan = options.pop("counter"), self._changed(launch.plan)
+        return attention_norm_mosaic(
+            xs, weights, [], residual, norms, counter, **options, overlaps=self.overlaps, plan=plan
+        )
+
+    def _changed(self, plan: Plan) -> Plan:
+        return dataclasses.replace(plan, **dict(self.plan))
+
+
+class Plain:
+    """XLA's own."""
+
+    compiler_options = None
+
+    def __str__(self) -> str:
+        return PLAIN
+
+    def project(self, products: list[Product]) -> list[Array]:
+        return project(products, implementation="xla")
+
+    def attention_norm(self, *arguments: Any, **options: Any) -> Any:
+        return attention_norm(*arguments, **options, implementation="xla")
+
+
 @functools.partial(jax.jit, static_argnames=("num_inputs", "num_outputs", "form"))
 def _weight(key: Array, num_inputs: int, num_outputs: int, form: str) -> Any:
     w = (jax.random.normal(key, (num_inputs, num_outputs), jnp.float32) * num_inputs**-0.5).astype(jnp.bfloat16)
     return w if form == "native" else quantize(w, form)
 
 
-def run_layer(case: StageCase, part: str, implementation: str, weights: dict[str, Any], carry: Any, fixed: Any) -> Any:
+def run_layer(case: StageCase, part: str, way: Variant | Plain, weights: dict[str, Any], carry: Any, fixed: Any) -> Any:
     """One layer: carry is (residual, normed, hidden, counter), fixed is (attention's result, norm)."""
     residual, normed, hidden, counter = carry
     attended, norm = fixed
@@ -83,13 +159,12 @@ def run_layer(case: StageCase, part: str, implementation: str, weights: dict[str
         products = [
             Product(x, weights[name], case.outputs[name], None, "gelu" if name == "up" else None) for name in names
         ]
-        return project(products, implementation=implementation)
+        return way.project(products)
 
     def finish(xs: list[Array], names: list[str], residual: Array, counter: Array) -> Any:
-        return attention_norm(
-            xs, [weights[name] for name in names], residual, [norm],
-            epsilon=case.config.norm_epsilon, counter=counter, implementation=implementation,
-        )  # fmt: skip
+        return way.attention_norm(
+            xs, [weights[name] for name in names], residual, [norm], epsilon=case.config.norm_epsilon, counter=counter
+        )
 
     both = part == "both"
     if case.config.block == "parallel":
@@ -107,7 +182,7 @@ def run_layer(case: StageCase, part: str, implementation: str, weights: dict[str
     return residual, normed, hidden, counter
 
 
-def contestants(case: StageCase) -> tuple[list[Entry], dict[str, int]]:
+def contestants(case: StageCase, variants: Sequence[Variant] = ()) -> tuple[list[Entry], dict[str, int]]:
     """Compiled and, over one layer, compared with float32; and what each program runs: layers, and bytes a layer."""
     backend = jax.default_backend()
     key = jax.random.key(0)
@@ -120,29 +195,30 @@ def contestants(case: StageCase) -> tuple[list[Entry], dict[str, int]]:
     num_rounds = max(1, round(SECONDS.get(backend, 0.05) / guessed))
     carry, fixed = _activations(case)
 
-    def chain(part: str, implementation: str, layers: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
+    def chain(part: str, way: Variant | Plain, layers: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
         def one_round(_: Any, carry: Any) -> Any:
             for weights in layers:
-                carry = run_layer(case, part, implementation, weights, carry, fixed)
+                carry = run_layer(case, part, way, weights, carry, fixed)
             return carry
 
         return tuple(jax.lax.fori_loop(0, num_rounds, one_round, carry))
 
-    def one_layer(implementation: str, weights: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
-        return tuple(run_layer(case, "both", implementation, weights, carry, fixed)[:2])
+    def one_layer(way: Variant | Plain, weights: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
+        return tuple(run_layer(case, "both", way, weights, carry, fixed)[:2])
 
     def exact(weights: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
         return _exact_layer(case, weights, carry, fixed)
 
     reason = compat.mosaic_reason()
     chains, checks = [], []
-    for name, implementation in ((OURS, "mosaic"), (PLAIN, "xla")):
-        refused = reason if name == OURS else None
+    for way in (Variant(), *variants, Plain()):
+        ours = isinstance(way, Variant)
+        rest = {"ours": ours, "reason": reason if ours else None, "compiler_options": way.compiler_options}
         for part in PARTS:
-            function = functools.partial(chain, part, implementation)
-            chains.append(Program(f"{name}, {part}", function, (layers, carry, fixed), name == OURS, 0, refused))
-        function = functools.partial(one_layer, implementation)
-        checks.append(Program(f"{name}, one layer", function, (first, carry, fixed), name == OURS, 2, refused))
+            function = functools.partial(chain, part, way)
+            chains.append(Program(f"{way}, {part}", function, (layers, carry, fixed), **rest))
+        function = functools.partial(one_layer, way)
+        checks.append(Program(f"{way}, one layer", function, (first, carry, fixed), num_checked=2, **rest))
     reference = Program("float32", exact, (first, carry, fixed))
     entries = prepare(Group([*checks, *chains], reference, f"{PLAIN}, one layer"))
     sizes = {part: case.bytes_of(first, part) for part in PARTS}

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -40,6 +40,7 @@ class Program:
     ours: a wrong answer is refused; a peer's is said.
     num_checked: how many of the results, from the first, must equal the exact ones; 0 where it computes something else.
     reason: why it cannot run here, or None.
+    compiler_options: of XLA.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Program:
     ours: bool = False
     num_checked: int = 0
     reason: str | None = None
+    compiler_options: Mapping[str, str] | None = None
 
 
 @dataclasses.dataclass
@@ -150,7 +152,7 @@ def _compile(programs: Sequence[Program], entries: Sequence[Entry]) -> None:
             if program.reason is None:
                 with entry.failing():
                     lowered = jax.jit(program.function).lower(*program.arguments)
-                    compiling.append((pool.submit(lowered.compile), program, entry))
+                    compiling.append((pool.submit(lowered.compile, program.compiler_options), program, entry))
         for future, program, entry in compiling:
             with entry.failing():
                 entry.runner = Compiled(future.result(), program.arguments)

@@ -11,11 +11,14 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from falcon_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from benchmarks.kernel_stages import Variant
 
 REPOSITORY = Path(__file__).parents[1]
 READ_BYTES = {"cpu": 2**28, "gpu": 2**31}  # more than any cache holds
@@ -30,12 +33,16 @@ class Arguments:
     """Forms of the weights."""
     rows: tuple[int, ...] = (8, 16)
     """Rows at once; the kernels take eight at a time."""
+    variants: tuple[str, ...] = ()
+    """Other ways of running ours, each as in overlaps=true,cuda_graphs=false,warpgroups=6,stages=2,by_warps=true: the
+    last ones are fields of the plans of both stages (pallas_kernels/quantized_matmul/plan.py)."""
     save: str | None = None
     """Also writes the document to benchmarks/results/SAVE.json, anew after each case."""
 
 
 def main(arguments: Arguments) -> dict[str, Any]:
     check(arguments)
+    variants = variants_of(arguments)
     import jax
 
     from benchmarks import command, hardware, kernel_stages, kernel_turns
@@ -51,7 +58,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
             for num_rows in arguments.rows:
                 case = kernel_stages.StageCase(name, PRESETS[name], weights, num_rows)
                 command.say(str(case))
-                entries, sizes = kernel_stages.contestants(case)
+                entries, sizes = kernel_stages.contestants(case, variants)
                 kernel_turns.take_turns([entry for entry in entries if "one layer" not in entry.name], NUM_TURNS)
                 document["cases"].append(result := report(case, entries, sizes, limit))
                 print(*lines(result), sep="\n", flush=True)
@@ -73,6 +80,13 @@ def check(arguments: Arguments) -> None:
     command.check_name(arguments.save)
 
 
+def variants_of(arguments: Arguments) -> "list[Variant]":
+    from benchmarks import command
+    from benchmarks.kernel_stages import Variant
+
+    return [Variant.of(command.parse_variant(words)) for words in arguments.variants]
+
+
 def report(case: Any, entries: list[Any], sizes: dict[str, int], limit: float) -> dict[str, Any]:
     """A case as it stands in the document: microseconds a layer, and the share of the read limit."""
     results = []
@@ -84,7 +98,7 @@ def report(case: Any, entries: list[Any], sizes: dict[str, int], limit: float) -
             result |= {"us": seconds * 1e6, "share_of_read_limit": num_bytes / seconds / limit}
         results.append(result)
     by_name = {result["name"]: result for result in results}
-    for name in ("ours", "XLA"):
+    for name in dict.fromkeys(result["name"].split(", ")[0] for result in results):
         both, output = (by_name[f"{name}, {part}"].get("us") for part in ("both", "output"))
         if both and output and both > output:
             us, num_bytes = both - output, sizes["both"] - sizes["output"]

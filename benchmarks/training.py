@@ -106,14 +106,14 @@ def main(arguments: Arguments) -> dict[str, Any]:
 
 def make_cases(arguments: Arguments) -> "list[Case]":
     """What is to be measured. Raises: RequestError where the options make no sense."""
-    from benchmarks import peers, training_cases
+    from benchmarks import command, peers, training_cases
     from benchmarks.training_cases import Case, Variant, Work
     from falcon_jax.model.adapters import LoRA
 
     check(arguments)
     names = ("batch_size", "num_micro_batches", "remat", "attention", "loss_chunk_tokens")
     common = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    asked = [training_cases.parse(words) for words in arguments.variants]
+    asked = [command.parse_variant(words) for words in arguments.variants]
     if is_table(arguments):
         chosen = [case for case in training_cases.bars() if not arguments.cases or case.name in arguments.cases]
     else:

@@ -4,7 +4,6 @@ Owns the counting of FLOPs, the settings of ours, and the table of bars. Knows n
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,29 +120,6 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     if default is not None and type(value) is not type(default):
         raise RequestError(f"a variant's {name} is {value!r}; it must be {type(default).__name__}, as {default!r}")
     return value
-
-
-def parse(words: str) -> dict[str, Any]:
-    """Settings from "batch_size=32,remat=block"; dashes will do in names.
-
-    Raises:
-      RequestError: a part that is not name=value.
-    """
-    found = {}
-    for part in words.split(","):
-        name, equals, value = part.strip().partition("=")
-        if not equals or not name:
-            raise RequestError(f"--variants {words}: {part!r} is not name=value, as in batch_size=32,remat=block")
-        found[name.replace("-", "_")] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
-    """A number or a truth value as JSON has it, else the text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import (
     clock,
+    command,
     peers,
     places,
     training,
@@ -138,7 +139,7 @@ def test_the_table_is_measured_at_the_sizes_of_its_bars():
 
 
 def test_variants_are_settings_by_name():
-    assert training_cases.parse("batch-size=32,remat=block,z_loss=0,decay_embedding=false") == {
+    assert command.parse_variant("batch-size=32,remat=block,z_loss=0,decay_embedding=false") == {
         "batch_size": 32,
         "remat": "block",
         "z_loss": 0,
