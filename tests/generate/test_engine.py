@@ -16,6 +16,7 @@ from falcon_jax.model import params as model_params
 from tests import models
 from tests.compilations import count_compilations
 from tests.generate.runs import drain
+from tests.thorough import thorough
 
 NO_EOS = {"eos_token_ids": ()}
 PROMPTS = [[5, 17, 3, 90, 41], [8] * 17 + [2, 31], [60]]
@@ -149,7 +150,9 @@ def test_dynamic_rope_past_its_window_starts_from_the_full_forward():
     assert tokens[0] == [int(logits[0, -1].argmax())]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2)])
+@pytest.mark.parametrize(
+    "sampling", [*thorough([GREEDY]), Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2)]
+)
 def test_eight_devices_generate_what_one_does(cpu_devices, sampling):
     config = models.tiny("falcon-40b", **NO_EOS)
     params = models.random_params(config)

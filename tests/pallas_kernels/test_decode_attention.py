@@ -15,7 +15,7 @@ from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention.cudnn import alibi_columns
 from tests.pallas_kernels import tolerance
 from tests.pallas_kernels.interpreted import interpreted
-from tests.thorough import thorough_but
+from tests.thorough import thorough, thorough_but
 
 NAMES = ("q", "keys", "values", "lengths")
 CASES = (
@@ -66,17 +66,19 @@ PLANS = [
     Plan(64, 2, 1, 2),
     Plan(64, 1, 2, 5),
 ]
+PIECES, HEADS = [PLANS[1], PLANS[2], Plan(64, 2, 1, 2, max_heads=32)], [(80, 2, 128), (9, 1, 128), (96, 1, 64)]
 RAGGED = shapes.DecodeCase("ragged", 3, 328, 3, 1, 64, alibi="float32", lengths=(321, 63, 129))
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [*PLANS[::2], *thorough(PLANS[1::2])], ids=str)
 def test_any_plan_gives_the_same(plan):
     inputs = RAGGED.draw(1)
     require_close(RAGGED, inputs, run_kernel(RAGGED, inputs, plan))
 
 
-@pytest.mark.parametrize("plan", [PLANS[1], PLANS[2], Plan(64, 2, 1, 2, max_heads=32)], ids=str)
-@pytest.mark.parametrize("heads", [(80, 2, 128), (9, 1, 128), (96, 1, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("plan", "heads"), [*zip(PIECES, HEADS), *thorough(zip(PIECES[1:] + PIECES[:1], HEADS))], ids=str
+)
 def test_results_are_combined_in_pieces_of_any_size(plan, heads):
     """Units of heads and of H, more of them than blocks and fewer; more heads than a block takes."""
     case = shapes.DecodeCase("pieces", 1, 200, *heads, lengths=(190,))

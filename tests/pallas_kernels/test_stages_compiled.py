@@ -10,6 +10,7 @@ from pallas_kernels.quantized_matmul import Product
 from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 from pallas_kernels.quantized_matmul.plan import Plan
 from tests.pallas_kernels.test_compiled import array, few_bits, require_no_problems
+from tests.thorough import thorough
 
 WIDTH, MLP_WIDTH = 1024, 4096
 EVENT = re.compile(r"griddepcontrol\.(launch_dependents|wait)|cp\.async\.bulk\.(?:tensor\S*\.)?shared")
@@ -32,7 +33,7 @@ def events(ptx: str) -> list[str]:
     return [match.group(1) or "copy" for match in EVENT.finditer(ptx)]
 
 
-@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@pytest.mark.parametrize("form", ["native", "int4", *thorough(["int8"])])
 def test_launches_that_overlap_read_weights_before_they_wait_and_x_after(compiler, form):
     for overlaps in (False, True):
         for report in (
@@ -60,8 +61,7 @@ def test_decoding_that_overlaps_waits_before_it_reads_anything(compiler):
     assert events(report.log)[:3] == ["launch_dependents", "wait", "copy"]
 
 
-@pytest.mark.parametrize("num_rows", [8, 16])
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize(("form", "num_rows"), [("int4", 8), *thorough([("int4", 16), ("int8", 8)])])
 def test_products_by_warps_take_no_instruction_of_a_warpgroup_and_do_not_spill(compiler, form, num_rows):
     plan = Plan(4, 2, groups=1, by_warps=True)
     for report in (

@@ -21,10 +21,10 @@ from tests.thorough import thorough
 # Form, inputs, outputs of each product, rows, plan: several turns of a block, chunks past the end, rows and outputs
 # past the end, groups of rows.
 INPUT_STAGES = [
-    ("native", 192, (192, 64, 320), 100, WidePlan(128, 64, 3)),
+    *thorough([("native", 192, (192, 64, 320), 100, WidePlan(128, 64, 3))]),
     ("native", 192, (128,), 200, WidePlan(64, 64, 3, chunk=128, group=2)),
     ("int8", 320, (192, 64), 72, WidePlan(128, 64, 3)),
-    ("int8", 128, (320,), 96, WidePlan(64, 64, 4)),
+    *thorough([("int8", 128, (320,), 96, WidePlan(64, 64, 4))]),
     ("int4", 320, (320, 64), 72, WidePlan(128, 64, 3)),
     ("int4", 256, (64,), 160, WidePlan(64, 64, 4, group=2)),
 ]
@@ -44,8 +44,12 @@ def test_input_stage(form, num_inputs, outputs, num_rows, plan):
 # Form, inputs of each product, width, rows, norms, biases, plan.
 OUTPUT_STAGES = [
     ("native", (128, 192), 320, 100, 2, 0, WidePlan(128, 64, 3)),
-    ("native", (128, 64), 128, 72, 1, 2, WidePlan(64, 64, 3, chunk=128)),
-    ("int8", (192, 128), 192, 72, 1, 0, WidePlan(128, 64, 3)),
+    *thorough(
+        [
+            ("native", (128, 64), 128, 72, 1, 2, WidePlan(64, 64, 3, chunk=128)),
+            ("int8", (192, 128), 192, 72, 1, 0, WidePlan(128, 64, 3)),
+        ]
+    ),
     ("int8", (192,), 1280, 72, 1, 1, WidePlan(128, 96, 3)),
     ("int4", (192, 256), 320, 136, 2, 0, WidePlan(64, 64, 4, group=2)),
 ]

@@ -11,6 +11,7 @@ from falcon_jax.model.step import ForwardOptions
 from falcon_jax.train import pipeline
 from falcon_jax.train import step as train_step
 from tests import models
+from tests.thorough import thorough_but
 from tests.train import meshes
 
 # (data, fsdp, tensor, stage), and what else of a step a mesh bears upon.
@@ -25,9 +26,11 @@ CASES = {
     "heads that do not divide": ("falcon-7b", (1, 2, 2, 1), {"remat": "block"}),
     "data, tensor and stage": ("falcon-180b", (2, 1, 2, 2), {"remat": "stage"}),
 }
+# In these each axis is split, alone or beside others.
+USUAL = [name for name in CASES if name not in ("data", "fsdp", "heads that do not divide")]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thorough_but(CASES, *USUAL))
 @pytest.mark.usefixtures("cpu_devices")
 def test_a_mesh_has_the_gradients_of_one_device(name: str) -> None:
     variant, shape, options = CASES[name]

@@ -167,8 +167,6 @@ def flip_a_byte(folder: Path) -> None:
     largest.write_bytes(content)
 
 
-# What orbax reads beside the damaged array is dropped unread.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("damaged", "then"), [((6,), "goes on from step 4"), ((4, 6), "begins the run anew"), ((), "")]
 )
