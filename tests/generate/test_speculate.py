@@ -97,7 +97,7 @@ def test_several_samples_a_prompt_are_those_of_plain_decoding(engine):
     assert drafted.num_rows == 9
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *thorough([1, 2])])
 def test_hot_samples_whose_drafts_nearly_all_fail_are_those_of_plain_decoding(engine, seed):
     check_equal(engine, sampling=Sampling(temperature=1.5), seed=seed)
 
@@ -150,7 +150,7 @@ def test_a_row_that_is_stopped_gets_no_more_tokens(engine):
     assert rows == [free[0][:1], *free[1:]]
 
 
-@pytest.mark.parametrize("name", ["falcon-7b", "falcon-rw-1b"])
+@pytest.mark.parametrize("name", ["falcon-7b", *thorough(["falcon-rw-1b"])])
 def test_a_row_may_fill_its_cache_to_the_last_slot(name):
     engine = make_engine(name)
     prompts = [PROMPTS[0], [9] * 30, [60]]  # the longest and 98 new tokens come to the capacity of 128

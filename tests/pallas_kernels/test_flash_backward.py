@@ -14,10 +14,9 @@ from pallas_kernels.flash_attention.mosaic import attention_mosaic
 from pallas_kernels.flash_attention.reference import attention_xla_with_lse
 from tests.pallas_kernels import tolerance
 from tests.pallas_kernels.interpreted import interpreted
-from tests.thorough import thorough_but
+from tests.thorough import thorough, thorough_but
 
 ALONE = (
-    "one query",
     "alibi, odd",
     "grouped, past a tile of 128",
     "several tiles a block",
@@ -115,7 +114,7 @@ def test_gradients_of_both_kernels_together_stay_within_twice_the_error_of_the_r
     check_both_kernels(case, seed=9)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 2, *thorough([3])])
 def test_any_share_of_the_query_heads_a_block_gives_the_same(heads):
     (case,) = toy("shared, past a tile of 128")
     check(case, kernel.Blocks(heads=heads))

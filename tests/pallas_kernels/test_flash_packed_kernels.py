@@ -22,7 +22,14 @@ Case = shapes.AttentionCase
 CASES = [
     *thorough([(Case("multi-head", 1, 200, 200, 2, 2, 64, alibi="float32"), [(1, 63, 1, 62, 1, 50, 22)])]),
     (Case("shared", 1, 260, 260, 2, 1, 128, alibi="hf_bf16"), [(129, 64, 63, 1, 3)]),
-    (Case("grouped, a chunk", 2, 80, 150, 4, 2, 64, "float16", "float32", offsets=(70, 70)), [(150,), (20, 60, 70)]),
+    *thorough(
+        [
+            (
+                Case("grouped, a chunk", 2, 80, 150, 4, 2, 64, "float16", "float32", offsets=(70, 70)),
+                [(150,), (20, 60, 70)],
+            )
+        ]
+    ),
     (Case("a row that ends early", 2, 200, 200, 1, 1, 128, lengths=(140, 0)), [(70, 70, 60), (200,)]),
 ]
 

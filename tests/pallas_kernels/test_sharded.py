@@ -15,6 +15,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.flash_attention.api import LETTERS
 from pallas_kernels.flash_attention.reference import attention_one_token, attention_xla_with_lse
+from tests.thorough import thorough
 
 B, T, H = 4, 5, 8
 RESULTS = ("B T N H", "B N T")
@@ -152,7 +153,7 @@ def widened(arrays, H=64):
 
 
 @pytest.mark.usefixtures("interpreted_on_each")
-@pytest.mark.parametrize(("N", "K"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("N", "K"), [(2, 2), *thorough([(4, 1)])])
 def test_the_kernel_runs_on_each_device_of_a_mesh(N, K, cpu_devices):
     mesh = make_mesh(cpu_devices[:2], 1, 2)
     q, k, v = (x[:1, :T] for x in widened(draw(N, K)[:3]))

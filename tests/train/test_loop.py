@@ -25,6 +25,7 @@ from falcon_jax.train.final import write_model
 from falcon_jax.train.loop import NotFiniteError, Trainer
 from falcon_jax.train.settings import TrainConfig
 from falcon_jax.train.step import StepOptions
+from tests.thorough import thorough
 from tests.train import toys
 
 
@@ -294,7 +295,7 @@ def base(model_config: FalconConfig, tokenizer_folder: Path, tmp_path_factory: p
     return folder
 
 
-@pytest.mark.parametrize("weights", ["native", "int8"])
+@pytest.mark.parametrize("weights", ["int8", *thorough(["native"])])
 def test_adapters_are_trained_beside_a_checkpoint_and_loaded_with_it(
     train_config: TrainConfig, base: Path, weights: str
 ) -> None:
