@@ -99,7 +99,7 @@ class Variant:
         return " ".join(["ours", *words, *(f"{name}={value}" for name, value in self.plan)])
 
     @property
-    def compiler_options(self) -> Mapping[str, str] | None:
+    def compiler_options(self) -> dict[str, Any] | None:
         return None if self.cuda_graphs else WITHOUT_CUDA_GRAPHS
 
     def project(self, products: list[Product]) -> list[Array]:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -49,7 +49,7 @@ class Program:
     ours: bool = False
     num_checked: int = 0
     reason: str | None = None
-    compiler_options: Mapping[str, str] | None = None
+    compiler_options: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass
