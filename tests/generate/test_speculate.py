@@ -209,7 +209,9 @@ def test_two_by_two_devices_speculate_as_one_does(cpu_devices, engine):
     assert compiled == []
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "min_p": 0.05, "seed": 2}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "sampling", [*thorough([{}]), {"temperature": 0.7, "min_p": 0.05, "seed": 2}], ids=["greedy", "drawn"]
+)
 def test_falcon_nano_writes_the_same_text_in_fewer_steps(nano, sampling):
     options = {"max_new_tokens": 75, "logprobs": True, **sampling}
     [plain] = nano.generate(NANO_PROMPT, **options)

@@ -33,7 +33,7 @@ def events(ptx: str) -> list[str]:
     return [match.group(1) or "copy" for match in EVENT.finditer(ptx)]
 
 
-@pytest.mark.parametrize("form", ["native", "int4", *thorough(["int8"])])
+@pytest.mark.parametrize("form", ["int4", *thorough(["native", "int8"])])
 def test_launches_that_overlap_read_weights_before_they_wait_and_x_after(compiler, form):
     for overlaps in (False, True):
         for report in (

@@ -139,10 +139,11 @@ MODELS = {
     "falcon-rw-1b": (2048, (2048, 2048, 2048), 8192, 1, True),
 }
 COMPILED = [
-    *(("falcon-40b-alibi", form, 4096, None) for form in FORMS),
+    *(("falcon-40b-alibi", form, 4096, None) for form in ("native", "int8")),
     ("falcon-7b", "int4", 512, None),
     *thorough(
         [
+            ("falcon-40b-alibi", "int4", 4096, None),
             ("falcon-rw-1b", "native", 1024, None),
             ("falcon-40b-alibi", "int4", 1024, WidePlan(cluster=1)),
             ("falcon-40b-alibi", "native", 1024, WidePlan(rows=128, stages=3, chunk=128)),
