@@ -1,5 +1,5 @@
 # make demo           text from the bundled model         make demo PROMPT="Once upon a time" EXTRAS=cuda13
-# make test           the whole suite, pinned versions    make test ARGS="tests/model -k rope"
+# make test           the suite, pinned versions          make test ARGS="tests/model -k rope"
 # make test-thorough  and the cases that not every change needs
 # make test-latest    the core tests, newest releases
 # make setup          what make test runs in, and no test

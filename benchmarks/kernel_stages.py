@@ -85,8 +85,11 @@ class Variant:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Variant":
-        """From names and values. Raises: RequestError where there is no such setting."""
+        """From names and values. Raises: RequestError where there is no such setting, or no such value."""
         own = {name: value for name, value in settings.items() if name in ("overlaps", "cuda_graphs")}
+        for name, value in own.items():
+            if not isinstance(value, bool):
+                raise RequestError(f"--variants {name} is {value}; it must be true or false")
         rest = {name: value for name, value in settings.items() if name not in own}
         known = [field.name for field in dataclasses.fields(Plan)]
         for name in rest:
@@ -105,9 +108,9 @@ class Variant:
     def project(self, products: list[Product]) -> list[Array]:
         if not self.plan:
             return project(products, overlaps=self.overlaps, implementation="mosaic")
-        weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
         from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
+        weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
         launch = input_launch(weights, outputs, products[0].num_rows, compat.num_sms())
         return project_mosaic(products, overlaps=self.overlaps, plan=self._changed(launch.plan))
 

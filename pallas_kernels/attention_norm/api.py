@@ -48,7 +48,7 @@ def attention_norm(
         axis. Each device adds up its part, rounded to x's dtype; the sum over the axis, residual and norms follow.
       overlaps: lets the launch after this one begin, and this one begin, while the launch before still runs (CUDA's
         programmatic dependent launch). Weights are then read before it has ended: no launch of the program may write
-        them.
+        them. For the kernel of up to 64 rows; others begin when the launch before has ended, as without it.
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:

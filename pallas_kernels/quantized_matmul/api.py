@@ -62,7 +62,7 @@ def project(
         all others too; nothing is exchanged.
       overlaps: lets the launch after this one begin, and this one begin, while the launch before still runs (CUDA's
         programmatic dependent launch). Weights are then read before it has ended: no launch of the program may write
-        them.
+        them. For the kernel of up to 64 rows; others begin when the launch before has ended, as without it.
       implementation: "mosaic" (Hopper GPUs, bfloat16: one launch), "xla", or None for the faster one that takes the
         call.
 

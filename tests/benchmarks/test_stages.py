@@ -41,6 +41,8 @@ def test_a_variant_is_called_by_what_it_changes():
     assert list(map(str, stages.variants_of(arguments))) == ["ours overlaps", "ours by_warps=True warpgroups=6"]
     with pytest.raises(RequestError, match="--variants speed is unknown; known are overlaps, cuda_graphs, warpgroups"):
         stages.variants_of(stages.Arguments(variants=("speed=2",)))
+    with pytest.raises(RequestError, match="--variants overlaps is yes; it must be true or false"):
+        stages.variants_of(stages.Arguments(variants=("overlaps=yes",)))
 
 
 def test_bad_arguments_are_named():

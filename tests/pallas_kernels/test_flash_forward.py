@@ -23,6 +23,7 @@ CASES = (
     "several tiles a block",
     "rows of different length",
     "chunks at different places",
+    "fewer keys than queries",
     "hf_bf16",
     "float16",
 )
