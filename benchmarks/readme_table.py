@@ -47,10 +47,12 @@ PREFILL = "kernels-prefill-h100.json"
 DECODE = "kernels-decode-h100.json"
 
 STEPS = "decode-h200.json"
+TRAINING_RW_1B, TRAINING_7B = "training-rw-1b-h200.json", "training-7b-h200.json"
 
 # Whole models, in one run: falcon-40b-alibi by form of its weights, falcon-7b.
 INT4, INT8, BF16, BF16_ROWS = (f"runs.1.results.{i}" for i in (0, 2, 4, 6))
 BF16_SHORT, LONG, LONGEST, BF16_7B = (f"runs.1.results.{i}" for i in (5, 7, 8, 9))
+RW_1B, WIDTH_7B, LORA = "cases.rw-1b.bars.0.best", "cases.7b-width.bars.0.best", "cases.7b-lora.bars"
 # Where a case of the kernels' files ends and its contestants begin.
 ALIBI = "cases.falcon-40b-alibi T=4096, forward.contestants"
 ALIBI_GRADIENTS = "cases.falcon-40b-alibi T=4096, forward + backward.contestants"
@@ -167,6 +169,26 @@ ROWS = (
         "{runs.1.results.0.share_of_read_limit*100:.0f} %",
         "",
         "stages-h200.json",
+    ),
+    Row(
+        "training falcon-rw-1b from end to end, 2,048 tokens, one H200",
+        f"{{{RW_1B}.falcon_jax.value:,.0f}} tokens/s",
+        f"transformers, compiled {{{RW_1B}.transformers compiled.value:,.0f}}",
+        TRAINING_RW_1B,
+    ),
+    Row(
+        "8 layers of falcon-7b's width, the same",
+        f"{{{WIDTH_7B}.falcon_jax.value:.0f}} TFLOP/s",
+        f"transformers, compiled {{{WIDTH_7B}.transformers compiled.value:.0f}}, "
+        f"plain {{{WIDTH_7B}.transformers.value:.0f}}",
+        TRAINING_7B,
+    ),
+    Row(
+        "LoRA on falcon-7b, 512 tokens, peak memory with weights of 16; 8; 4 bits",
+        f"{{{LORA}.0.best.falcon_jax.value:.1f}}; {{{LORA}.1.best.falcon_jax.value:.1f}}; "
+        f"{{{LORA}.2.best.falcon_jax.value:.1f}} GB",
+        "",
+        TRAINING_7B,
     ),
     Row(
         "falcon-nano on ten unseen books, by `scripts/evaluate.py`",

@@ -220,7 +220,7 @@ def _profiled(contestant: Contestant, trainer: Any, folder: Path, found: Result,
         profile = training_profile.summary(trace, trainer.program_text(), NUM_PROFILED)
     except Exception as error:
         return {"profile_failed": measure.reason(error)}
-    return {"profile": profile | {"trace": str(trace), "ms_per_step": found["ms_per_step"]}}
+    return {"profile": profile | {"trace": str(trace.relative_to(folder)), "ms_per_step": found["ms_per_step"]}}
 
 
 def _failure(contestant: Contestant, error: Exception, say: Say) -> Result:

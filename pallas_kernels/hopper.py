@@ -17,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 LOG2E = math.log2(math.e)  # exponentials are base 2
 Accumulator = plgpu.WGMMAAccumulatorRef
@@ -64,6 +64,49 @@ def fence_memory() -> None:
         mgpu.utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
 
     emit()
+
+
+def meet(counters: Any, index: Any, number: Any, count: Any, *, waits: bool = True) -> None:
+    """Returns when all `count` warpgroups of a meeting have come here; what they wrote before can then be read.
+
+    A counter needs no setting to zero between one meeting and the next: a meeting adds 2^31 to it in all, and who waits
+    looks for its highest bit to change.
+
+    Args:
+      counters: int32 in device memory; `index`: the meeting's.
+      number: this warpgroup's, 0 to count - 1.
+      waits: False returns at once, for one that has nothing to read.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 3))
+    def emit(_, counters, *numbers):
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        index, number, count = (x.registers.item() for x in numbers)
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, number, mgpu.c(0, i32))
+        increment = arith.select(is_first, arith.subi(mgpu.c(1 - 2**31, i32), count), mgpu.c(1, i32))
+        mgpu.warpgroup_barrier()
+        thread = arith.remui(mgpu.thread_idx(), mgpu.c(128, i32))
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, mgpu.c(0, i32))):
+            offset = arith.extui(i64, arith.muli(index, mgpu.c(4, i32)))
+            address = arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(counters)), offset)
+            wait = """again:
+                ld.acquire.gpu.global.u32 now, [$0];
+                xor.b32 now, now, before;
+                setp.ge.s32 waits, now, 0;
+                @waits bra again;
+                fence.acq_rel.gpu;"""
+            ptx = """{
+                .reg .b32 before, now;
+                .reg .pred waits;
+                fence.acq_rel.gpu;
+                atom.add.acq_rel.gpu.global.u32 before, [$0], $1;
+                %s
+            }""" % (wait if waits else "")
+            mgpu.utils.inline_ptx(ptx, address, increment, has_side_effects=True)
+        mgpu.warpgroup_barrier()
+
+    numbers = (jnp.int32(x) for x in (index, number, count))
+    emit(counters, *numbers)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
 
 
 def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Any:

@@ -22,8 +22,11 @@ from falcon_jax.model.cache import KVCache
 from falcon_jax.model.decoder import FalconDecoder
 from falcon_jax.model.params import Params, bind
 
-# No kinds of operations, where by default XLA captures runs of five kernels or more. The captured ones are launched as
-# one CUDA graph, which XLA calls a command buffer.
+# Kinds of operations that XLA captures in CUDA graphs, which it calls command buffers, five or more to a graph. Its own
+# choice leaves loops out, so that between two steps the GPU waits for the host, 40 to 200 us (benchmarks/LOG.md).
+WITH_LOOPS_IN_CUDA_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
 WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 
 
@@ -32,14 +35,24 @@ class Program[**P, R]:
 
     Args:
       function: takes its `model`, which is static, by keyword.
+      loops: whether it is a loop, which on one device belongs into a CUDA graph as a whole. What several devices send
+        one another is in none, by XLA's choice, and so no loop around it can be.
       options: of jax.jit, without "model" among the static arguments.
     """
 
-    def __init__(self, function: Callable[P, R], *, static_argnames: str | tuple[str, ...] = (), **options: Any):
+    def __init__(
+        self,
+        function: Callable[P, R],
+        *,
+        static_argnames: str | tuple[str, ...] = (),
+        loops: bool = False,
+        **options: Any,
+    ):
         names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
         # jax.jit takes XLA's options where it wraps and not where it is called.
         wrap = functools.partial(jax.jit, function, static_argnames=("model", *names), **options)
         self._default = wrap()
+        self._with_loops = wrap(compiler_options=WITH_LOOPS_IN_CUDA_GRAPHS) if loops else self._default
         self._without_cuda_graphs = wrap(compiler_options=WITHOUT_CUDA_GRAPHS)
         functools.update_wrapper(self, function)
 
@@ -51,7 +64,10 @@ class Program[**P, R]:
         return self._wrapped(kwargs).lower(*args, **kwargs)
 
     def _wrapped(self, keywords: Any) -> Any:
-        return self._default if keywords["model"].cuda_graphs else self._without_cuda_graphs
+        model: Model = keywords["model"]
+        if not model.cuda_graphs:
+            return self._without_cuda_graphs
+        return self._with_loops if model.mesh is None else self._default
 
 
 @functools.partial(Program, static_argnames="is_first", donate_argnames=("cache", "last"))
@@ -116,7 +132,7 @@ def first_token(
     return seen, history, chunk
 
 
-@functools.partial(Program, static_argnames="kind", donate_argnames="state")
+@functools.partial(Program, static_argnames="kind", donate_argnames="state", loops=True)
 def decode(
     params: Params,
     state: DecodeState,
@@ -159,7 +175,7 @@ def decode(
     return _repeat(advance, num_steps, state, Chunk.empty(state.done, CHUNK), model.mesh)
 
 
-@functools.partial(Program, static_argnames=("num_drafted", "kind"), donate_argnames="state")
+@functools.partial(Program, static_argnames=("num_drafted", "kind"), donate_argnames="state", loops=True)
 def decode_drafted(
     params: Params,
     state: DecodeState,

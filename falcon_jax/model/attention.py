@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import pallas_kernels.decode_attention as decode_attention
 import pallas_kernels.flash_attention as flash_attention
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         if slots is not None:
             kept = kv_cache.write(slots[0], k, step.offsets), kv_cache.write(slots[1], v, step.offsets)
         if kept and step.reads_cache:
-            return self.attend_to_cache(q, *kept, step), kept
+            return self.attend_to_cache(q, *kept, step)[0], kept
         arguments = step.attention_arguments()
         return flash_attention.attention(q, self._rotate_late(k, step), v, starts=step.starts, **arguments), kept
 
@@ -68,19 +68,22 @@ class Attention(nnx.Module):
         values: Float[Array, "B S K H"],
         step: Step,
         *,
+        counters: Int[Array, " C"] | None = None,
         overlaps: bool = False,
-    ) -> Float[Array, "rows T N H"]:
+    ) -> tuple[Float[Array, "rows T N H"], Int[Array, " C"] | None]:
         """Queries at positions offsets[b] + t against all that the cache holds, the tokens at hand included.
 
-        overlaps: as of `decode_attention`, which single tokens go through.
+        counters, overlaps: as of `decode_attention_in_chain`, which single tokens go through. The counters come back.
         """
         keys, arguments = self._rotate_late(keys, step), step.attention_arguments()
         if q.shape[1] > 1:
-            return flash_attention.attention(q, keys, values, query_offset=step.offsets, **arguments)
+            return flash_attention.attention(q, keys, values, query_offset=step.offsets, **arguments), counters
         # A row that has ended reads nothing: its garbage would cost as much as a living row's keys.
         lengths = jnp.where(step.ends > step.offsets, step.offsets + 1, 0)
-        out = decode_attention.decode_attention(q[:, 0], keys, values, lengths=lengths, overlaps=overlaps, **arguments)
-        return out[:, None]
+        out, counters = decode_attention.decode_attention_in_chain(
+            q[:, 0], keys, values, lengths=lengths, counters=counters, overlaps=overlaps, **arguments
+        )
+        return out[:, None], counters
 
     def rotate(self, q: Array, k: Array, step: Step) -> tuple[Array, Array]:
         """Turns queries and keys by their positions, where the model has RoPE and the cache holds turned keys."""

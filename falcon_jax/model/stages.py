@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from falcon_jax.model.linear import LayerNorm, Linear
 
 # Whether a launch begins while the one before still runs, and reads its first weights, which are a program's arguments.
-# Not before a GPU has measured it: benchmarks/LOG.md.
+# Off: kernels of a CUDA graph do not overlap, and falcon-7b's results in few bits were not the same (benchmarks/LOG.md).
 OVERLAPS = False
 
 
@@ -103,12 +103,12 @@ def run(
     normed = [norm(residual) for norm in _input_norms(layers[0])]
     places = _positions(decoder, step, cache, residual.shape[0])
     shared = _Shared(step, implementation, decoder.mesh, _split(decoder), *places)
-    counter = jnp.zeros(1, jnp.int32)
+    counters = jnp.zeros(1, jnp.int32), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
     kept = []
     for i, (block, norms) in enumerate(zip(layers, norms_after, strict=True)):
         with jax.named_scope(f"layer_{i}"):
             slots = cache.keys[i], cache.values[i]
-            residual, normed, counter, slots = _layer(block, residual, normed, norms, counter, shared, slots)
+            residual, normed, counters, slots = _layer(block, residual, normed, norms, counters, shared, slots)
             kept.append(slots)
     return normed[0][: B * T].reshape(B, T, D), kept
 
@@ -157,15 +157,19 @@ def _layer(
     residual: Float[Array, "R D"],
     normed: list[Float[Array, "R D"]],
     norms: list[LayerNorm],
-    counter: Array,
+    counters: tuple[Array, Array],
     shared: _Shared,
     slots: tuple[Array, Array],
 ):
-    """A layer, before which `normed` was made, and at the end of which `norms` are."""
+    """A layer, before which `normed` was made, and at the end of which `norms` are.
 
+    counters: at which blocks of the output stages' kernels, and of attention's, meet.
+    """
+    counter, meetings = counters
     attention, mlp = block.attention, block.mlp
     outputs = {"attention.output": attention.output, "mlp.down": mlp.down}
 
+    # Of several inputs attention's comes last: the others' products need not wait for it.
     def finish(inputs: dict[str, Array], residual, norms, counter):
         projections = [outputs[name] for name in inputs]
         biases = [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")]
@@ -180,6 +184,7 @@ def _layer(
             mesh=shared.mesh,
             are_split=[shared.split[name] for name in inputs],
             overlaps=OVERLAPS,
+            num_early=len(inputs) - 1,
             implementation=shared.implementation,
         )
 
@@ -187,26 +192,29 @@ def _layer(
         return shared.product("mlp.up", mlp.up, normed, activation="gelu")
 
     if block.parallel:
-        attended, slots, (hidden,) = _attend(block, normed[0], [up(normed[-1])], shared, slots)
-        made = finish({"attention.output": attended, "mlp.down": hidden}, residual, norms, counter)
-        return *made, slots
-    attended, slots, _ = _attend(block, normed[0], [], shared, slots)
+        attended, slots, meetings, (hidden,) = _attend(block, normed[0], [up(normed[-1])], meetings, shared, slots)
+        residual, normed, counter = finish({"mlp.down": hidden, "attention.output": attended}, residual, norms, counter)
+        return residual, normed, (counter, meetings), slots
+    attended, slots, meetings, _ = _attend(block, normed[0], [], meetings, shared, slots)
     residual, normed, counter = finish({"attention.output": attended}, residual, [block.mlp_norm], counter)
     (hidden,) = shared.project([up(normed[0])])
-    return *finish({"mlp.down": hidden}, residual, norms, counter), slots
+    residual, normed, counter = finish({"mlp.down": hidden}, residual, norms, counter)
+    return residual, normed, (counter, meetings), slots
 
 
 def _attend(
     block: Block,
     normed: Float[Array, "R D"],
     others: list[Product],
+    meetings: Int[Array, " C"],
     shared: _Shared,
     slots: tuple[Array, Array],
-) -> tuple[Float[Array, "R NH"], tuple[Array, Array], list[Array]]:
+) -> tuple[Float[Array, "R NH"], tuple[Array, Array], Int[Array, " C"], list[Array]]:
     """The input stage, `others` in the same launch, and attention of all rows to the cache with their keys and values.
 
     Returns:
-      Attention's output [R, heads x H], the cache's keys and values, and what `others` come to.
+      Attention's output [R, heads x H], the cache's keys and values, the counters for the next layer, and what `others`
+      come to.
     """
     attention, step, (B, S, K, H) = block.attention, shared.step, slots[0].shape
     T, num_rows = step.num_columns, normed.shape[0]
@@ -229,6 +237,8 @@ def _attend(
         assert kept is not None  # slots came in
     else:
         kept = k.reshape(slots[0].shape), v.reshape(slots[1].shape)
-        out = attention.attend_to_cache(q, *kept, step, overlaps=OVERLAPS)
+        out, after = attention.attend_to_cache(q, *kept, step, counters=meetings, overlaps=OVERLAPS)
+        assert after is not None  # they went in
+        meetings = after
     out = out.reshape(-1, out.shape[2] * H)
-    return jnp.pad(out, ((0, num_rows - out.shape[0]), (0, 0))), kept, made
+    return jnp.pad(out, ((0, num_rows - out.shape[0]), (0, 0))), kept, meetings, made

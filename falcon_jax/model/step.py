@@ -24,9 +24,8 @@ class ForwardOptions:
       tokens); None picks the best that works.
     stages: `implementation` of the fused stages (stages.py): "mosaic", "xla" (plain layers), or None for the faster.
     remat: what the backward pass of training computes again instead of keeping it, one of REMAT: "none"; "block", all
-    of
-      a block but its input; "products", all but the results of a block's matrix products; "stage", in a pipeline, all
-      that a stage does with a micro-batch, and no more of a block.
+      of a block but its input; "products", all but the results of a block's matrix products; "stage", in a pipeline,
+      all that a stage does with a micro-batch, and no more of a block.
     num_remat_layers: how many layers, from the first on, that holds for; None: all.
     """
 

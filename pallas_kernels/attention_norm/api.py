@@ -34,6 +34,7 @@ def attention_norm(
     mesh: Mesh | None = None,
     are_split: Sequence[bool] = (),
     overlaps: bool = False,
+    num_early: int = 0,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows D"], list[Float[Array, "*rows D"]], Int[Array, "1"]]:
     """What a layer's output projections add to the residual, and the layer norms that the next stage reads.
@@ -49,6 +50,9 @@ def attention_norm(
       overlaps: lets the launch after this one begin, and this one begin, while the launch before still runs (CUDA's
         programmatic dependent launch). Weights are then read before it has ended: no launch of the program may write
         them. For the kernel of up to 64 rows; others begin when the launch before has ended, as without it.
+      num_early: where launches overlap, how many of `xs`, the first, had been made, and the residual too, when the
+        launch before let this one begin; `decode_attention` waits for all before it does so. Their products are made
+        while that launch still runs.
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:
@@ -85,7 +89,7 @@ def attention_norm(
 
     out, normed, counter = attention_norm_mosaic(
         [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, counter,
-        epsilon=epsilon, overlaps=overlaps,
+        epsilon=epsilon, overlaps=overlaps, num_early=num_early,
     )  # fmt: skip
 
     def back(x: Array) -> Array:

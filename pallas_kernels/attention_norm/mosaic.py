@@ -6,8 +6,7 @@ distances from that, waits until all have, and puts them together in the same or
 normalizes its own tile, which it has kept in shared memory.
 
 All blocks must run at once. So there are at most as many as fit the GPU, and two launches never overlap: each takes
-the counter at which its blocks meet from the launch before. The counter needs no setting to zero in between: a meeting
-adds 2^31 to it in all, and who waits looks for its highest bit to change.
+the counter at which its blocks meet (hopper.py) from the launch before.
 
 Without norms (`add_mosaic`) there is nothing to meet for.
 
@@ -27,14 +26,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import fence_memory, store
+from pallas_kernels.hopper import fence_memory, meet, store
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
 from pallas_kernels.quantized_matmul.plan import Launch, Plan, output_launch
@@ -53,12 +49,14 @@ def attention_norm_mosaic(
     *,
     epsilon: float,
     overlaps: bool = False,
+    num_early: int = 0,
     plan: Plan | None = None,
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, "1"]]:
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the counter for the next launch."""
     return _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], counter,
-        shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon, overlaps=overlaps, plan=plan,
+        shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon,
+        overlaps=overlaps, num_early=num_early, plan=plan,
         num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
 
@@ -78,16 +76,18 @@ def add_mosaic(
     shape = jax.ShapeDtypeStruct((xs[0].shape[0], num_outputs), xs[0].dtype)
     out, _, _ = _launch(
         list(xs), list(weights), [], None, [], None,
-        shape=shape, epsilon=0.0, overlaps=overlaps, plan=plan,
+        shape=shape, epsilon=0.0, overlaps=overlaps, num_early=0, plan=plan,
         num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "overlaps", "plan", "num_sms", "interpretable"))
+@functools.partial(
+    jax.jit, static_argnames=("shape", "epsilon", "overlaps", "num_early", "plan", "num_sms", "interpretable")
+)
 def _launch(
     xs, weights, biases, residual, norms, counter,
-    *, shape: jax.ShapeDtypeStruct, epsilon: float, overlaps: bool,
+    *, shape: jax.ShapeDtypeStruct, epsilon: float, overlaps: bool, num_early: int,
     plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
     num_rows, width = shape.shape
@@ -118,7 +118,7 @@ def _launch(
             return Stream(
                 launch, arrays["weights"],
                 block=block, split=split, warpgroup=warpgroup,
-                xs=arrays["xs"], smem=smem, overlaps=overlaps, interpretable=interpretable,
+                xs=arrays["xs"], smem=smem, overlaps=overlaps, num_early=num_early, interpretable=interpretable,
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
@@ -271,7 +271,8 @@ class _Block:
             plgpu.barrier_arrive(self.smem["met"])
             plgpu.barrier_wait(self.smem["met"])
         else:
-            pl.when(self.split == 0)(lambda: meet(self.arrays["counter"], self.block, settings.launch.num_blocks))
+            count = settings.launch.num_blocks
+            pl.when(self.split == 0)(lambda: meet(self.arrays["counter"], 0, self.block, count))
 
         @pl.when(self.split == 0)
         def _normalize():
@@ -326,39 +327,3 @@ def _over_rows(x: Any, dims: tuple[int, ...]) -> Any:
 def _over_outputs(x: Any, dims: tuple[int, ...]) -> Any:
     """A value a row, repeated over the outputs."""
     return lax.broadcast_in_dim(x, dims, [0])
-
-
-def meet(counter: Any, block: Any, num_blocks: int) -> None:
-    """Returns when one warpgroup of each of `num_blocks` blocks has come here; what they wrote before can be read."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def emit(_, counter, block):
-        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-        block = block.registers.item()
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, block, mgpu.c(0, i32))
-        increment = arith.select(is_first, mgpu.c(_signed(2**31 - (num_blocks - 1)), i32), mgpu.c(1, i32))
-        mgpu.warpgroup_barrier()
-        thread = arith.remui(mgpu.thread_idx(), mgpu.c(128, i32))
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, mgpu.c(0, i32))):
-            address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(counter))
-            ptx = """{
-                .reg .b32 before, now;
-                .reg .pred waits;
-                fence.acq_rel.gpu;
-                atom.add.acq_rel.gpu.global.u32 before, [$0], $1;
-                again:
-                ld.acquire.gpu.global.u32 now, [$0];
-                xor.b32 now, now, before;
-                setp.ge.s32 waits, now, 0;
-                @waits bra again;
-                fence.acq_rel.gpu;
-            }"""
-            mgpu.utils.inline_ptx(ptx, address, increment, has_side_effects=True)
-        mgpu.warpgroup_barrier()
-
-    emit(counter, jnp.int32(block))  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
-
-
-def _signed(x: int) -> int:
-    """The 32 bits of x as a signed number."""
-    return (x + 2**31) % 2**32 - 2**31

@@ -21,8 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
-from pallas_kernels.attention_norm.mosaic import meet
-from pallas_kernels.hopper import filled, store
+from pallas_kernels.hopper import filled, meet, store
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
 from pallas_kernels.quantized_matmul.product import form_of, in_eights
@@ -157,7 +156,7 @@ class _Warpgroup:
             plgpu.barrier_arrive(self.smem["met"])
             plgpu.barrier_wait(self.smem["met"])
         else:
-            meet(self.arrays["counter"], self.index, self.count)
+            meet(self.arrays["counter"], 0, self.index, self.count)
         groups = self.num_rows // ROWS_AT_ONCE
         num_turns = lax.div(jnp.int32(groups - 1 + self.count) - self.index, jnp.int32(self.count))
 

@@ -54,12 +54,51 @@ def decode_attention(
       ValueError: shapes that do not fit, an unknown `alibi` or `implementation`.
       NotImplementedError: the named implementation cannot take these arguments.
     """
+    out, _ = decode_attention_in_chain(
+        q, keys, values, lengths=lengths, counters=None, slopes=slopes, alibi=alibi, scale=scale,
+        page_table=page_table, overlaps=overlaps, implementation=implementation, mesh=mesh,
+        batch_axes=batch_axes, head_axis=head_axis,
+    )  # fmt: skip
+    return out
+
+
+def decode_attention_in_chain(
+    q: Float[Array, "R N H"],
+    keys: Float[Array, "rows slots K H"],
+    values: Float[Array, "rows slots K H"],
+    *,
+    lengths: Int[Array, " B"],
+    counters: Int[Array, " C"] | None,
+    slopes: Float[Array, " N"] | None = None,
+    alibi: str = "float32",
+    scale: float | None = None,
+    page_table: Int[Array, "B max_pages"] | None = None,
+    overlaps: bool = False,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+    batch_axes: Sequence[str] = sharded.BATCH_AXES,
+    head_axis: str = sharded.HEAD_AXIS,
+) -> tuple[Float[Array, "R N H"], Int[Array, " C"] | None]:
+    """`decode_attention` for one layer after another, without a launch of its own that sets counters to zero in each.
+
+    Args:
+      counters: at least B x N zeros for the first layer, and then what the layer before returned: where blocks of the
+        kernel meet. Layers whose calls could run at the same time need counters of their own.
+
+    Returns:
+      As `decode_attention`; and the counters for the next layer.
+
+    Raises:
+      ValueError: as `decode_attention`; or too few counters.
+    """
     N, K = q.shape[1], keys.shape[2]
     arguments.check("decode_attention", num_heads=N, num_kv_heads=K, alibi=alibi)
     if keys.shape != values.shape or q.shape[-1] != keys.shape[-1]:
         found = f"keys {keys.shape}, values {values.shape} and q {q.shape}"
         raise ValueError(f"decode_attention: {found} must have one head dim, and keys and values one shape")
     B = lengths.shape[0]
+    if counters is not None and counters.size < B * N:
+        raise ValueError(f"decode_attention: {B} rows of {N} heads need {B * N} counters, not {counters.size}")
     if q.shape[0] < B or (page_table is None and keys.shape[0] != B):
         found = f"{q.shape[0]} rows of queries and {keys.shape[0]} of keys"
         raise ValueError(f"decode_attention: {B} lengths need as many rows of keys and no fewer queries, not {found}")
@@ -73,19 +112,24 @@ def decode_attention(
         "cudnn": lambda: "it takes queries and keys of one whole sequence, not a cache",
         "xla": lambda: None,
     }
+    arrays = (q, keys, values, lengths, slopes, page_table)
     if dispatch.choose("decode_attention", implementation, candidates) == "xla":
         out = decode_xla(q[:B], keys, values, lengths, slopes, alibi, scale, page_table)
-        return jnp.pad(out, ((0, q.shape[0] - B), (0, 0), (0, 0)))
+        return jnp.pad(out, ((0, q.shape[0] - B), (0, 0), (0, 0))), counters
 
     from pallas_kernels.decode_attention import mosaic
+
+    if counters is not None and (mesh is None or mesh.size == 1):
+        options = {"alibi": alibi, "scale": scale, "overlaps": overlaps}
+        return mosaic.decode_in_chain_mosaic(*arrays, counters=counters, **options)
 
     def run(q, keys, values, lengths, slopes, page_table):
         return mosaic.decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table, overlaps=overlaps)
 
     cache = "B S K H" if page_table is None else "P S K H"
     letters = ("B N H", cache, cache, "B", "N", "B M")
-    arrays = (q, keys, values, lengths, slopes, page_table)
-    return sharded.over_mesh(run, mesh, arrays, letters, "B N H", batch_axes=batch_axes, head_axis=head_axis)
+    out = sharded.over_mesh(run, mesh, arrays, letters, "B N H", batch_axes=batch_axes, head_axis=head_axis)
+    return out, counters
 
 
 def _mosaic_reason(q: Array, keys: Array, scale: float, mesh: Mesh | None) -> str | None:

@@ -1,7 +1,7 @@
 """Combines what blocks have through the GPU's memory: any number of them, as long as all run at once.
 
-Each warpgroup publishes its sums, maxima and totals; a semaphore for each row and KV head counts who has; then the
-blocks share out the result. Interpretation takes this way too, with the barrier of a cluster instead of semaphores.
+Each warpgroup publishes its sums, maxima and totals; a counter for each row and KV head says when all have; then the
+blocks share out the result. Interpretation takes this way too, with the barrier of a cluster instead of counters.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.plan import Plan, Shape
 from pallas_kernels.flash_attention.reference import MASKED
-from pallas_kernels.hopper import fence_memory, filled, store
+from pallas_kernels.hopper import filled, meet, store
 
 # Several results [results, 8 heads, some of H]: a warp takes every fourth, a thread two numbers of a head.
 PARTIALS = plgpu.Layout.TILED(plgpu.Tiling(((4, 8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
@@ -72,8 +72,6 @@ class _Combination:
         self.arrays["sums"].at[at].transpose((1, 0))[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
         store(self.arrays["maxima"].at[at], maxima)
         store(self.arrays["totals"].at[at], totals)
-        if not self.settings.interpretable:
-            fence_memory()
 
     def meet(self) -> None:
         """Returns when all blocks of this row and KV head have published."""
@@ -83,18 +81,12 @@ class _Combination:
         elif self.settings.interpretable:
             self.warpgroup.gather()
         else:
-            # Eight at least: XLA sets a single one to zero before each launch, several for all layers in one.
-            num_pairs = self.shape.pairs(self.plan)
-            semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((max(8, num_pairs),)))
-            semaphore = semaphores.at[self.row * (num_pairs // self.shape.B) + self.pair]
-
-            @pl.when((self.num_active > 1) & (self.stream < self.num_active))
-            def _meet():
-                plgpu.semaphore_signal(semaphore, memory_scope="gpu")
-
-                @pl.when(self.index == 0)
-                def _wait():
-                    plgpu.semaphore_wait(semaphore, self.num_active, decrement=False, memory_scope="gpu")
+            index = self.row * (self.shape.pairs(self.plan) // self.shape.B) + self.pair
+            come = functools.partial(meet, self.arrays["counters"], index, self.stream, self.num_active)
+            has_others = (self.num_active > 1) & (self.stream < self.num_active)
+            # The first warpgroup of each block shares out the result.
+            pl.when(has_others & (self.index == 0))(come)
+            pl.when(has_others & (self.index != 0))(functools.partial(come, waits=False))
 
     def share_out(self) -> None:
         """The first warpgroup of each block that has published does it: Pallas reduces for one at a time."""

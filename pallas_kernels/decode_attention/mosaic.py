@@ -76,7 +76,11 @@ def decode_mosaic(
     """
     options = {"alibi": alibi, "scale": scale, "overlaps": overlaps, "plan": plan}
     options |= {"num_sms": compat.num_sms(), "interpretable": compat.interpreting()}
-    launch = jax.custom_batching.custom_vmap(functools.partial(_launch, **options))
+
+    def run(*arrays: Any) -> Array:
+        return _launch(*arrays, None, **options)[0]
+
+    launch = jax.custom_batching.custom_vmap(run)
 
     @launch.def_vmap
     def _fold(axis_size, in_batched, q, keys, values, lengths, slopes, page_table):
@@ -104,12 +108,20 @@ def decode_mosaic(
     return launch(q, keys, values, lengths, slopes, page_table)
 
 
+def decode_in_chain_mosaic(
+    *arrays: Any, counters: Int[Array, " _"], alibi: str, scale: float, overlaps: bool
+) -> tuple[Float[Array, "R N H"], Int[Array, " _"]]:
+    """`decode_mosaic` without vmap, for arrays in its order; and the counters for the next launch."""
+    options = {"num_sms": compat.num_sms(), "interpretable": compat.interpreting()}
+    return _launch(*arrays, counters, alibi=alibi, scale=scale, overlaps=overlaps, plan=None, **options)
+
+
 # Compiled once a shape: what calls this in every layer would otherwise lower the kernel in every layer.
 @functools.partial(jax.jit, static_argnames=("alibi", "scale", "overlaps", "plan", "num_sms", "interpretable"))
 def _launch(
-    q, keys, values, lengths, slopes, page_table,
+    q, keys, values, lengths, slopes, page_table, counters,
     *, alibi: str, scale: float, overlaps: bool, plan: Plan | None, num_sms: int, interpretable: bool,
-) -> Array:  # fmt: skip
+) -> tuple[Array, Array | None]:  # fmt: skip
     num_rows, N, H = q.shape
     B, K = lengths.shape[0], keys.shape[2]
     capacity = keys.shape[1] if page_table is None else page_table.shape[1] * PAGE
@@ -163,6 +175,8 @@ def _launch(
         slopes = jnp.pad(slopes.reshape(K, shape.G), ((0, 0), (0, padding))).reshape(-1)
     inputs = {"q": q.reshape(grouped.shape), "k": keys, "v": values, "lengths": lengths}
     inputs |= {name: x for name, x in {"slopes": slopes, "table": page_table}.items() if x is not None}
+    if plan.through_memory and not interpretable:
+        inputs["counters"] = jax.new_ref(jnp.zeros(shape.pairs(plan), jnp.int32) if counters is None else counters)
     settings = _Settings(shape, plan, exchange, alibi, scale, overlaps and not interpretable, interpretable)
     # Pallas adds a barrier of the warpgroup wherever shared memory changes hands, some 5 a tile. Here warps meet where
     # they must: in over_keys, in commit_smem and at barriers in memory. Where results go through memory, Pallas' own
@@ -176,7 +190,7 @@ def _launch(
     def body(*arrays: Any, **smem: Any) -> None:
         _Warpgroup(settings, dict(zip([*inputs, *outputs], arrays)), smem).run()
 
-    out, *_ = plgpu.kernel(
+    made, *_ = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
         scratch_types=scratch,
@@ -186,7 +200,9 @@ def _launch(
         compiler_params=parameters,
         **blocks,
     )(*inputs.values())
-    return out.reshape(q.shape)
+    if "counters" in inputs:
+        counters = jax.freeze(inputs["counters"])
+    return made.reshape(q.shape), counters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +237,9 @@ class _Warpgroup:
 
     def run(self) -> None:
         if self.settings.overlaps:
-            let_next_launch_begin()
+            # In this order: the next launch may read what was made before this one (attention_norm's `num_early`).
             wait_for_launch_before()
+            let_next_launch_begin()
         # The first tile is the same whatever the row's length is, and need not wait for that; of pages it does.
         early = not self.is_paged
         has_first = self.stream * self.plan.keys < self.shape.capacity

@@ -111,16 +111,16 @@ class Shape:
 def default_plan(shape: Shape, num_sms: int) -> Plan:
     """The plan for a GPU with that many multiprocessors, by what was measured on one of 132 (benchmarks/LOG.md).
 
-    Short caches of few rows are a matter of latency: clusters, with the query heads shared out too, since what blocks
-    send each other grows with their heads and is slower than reading keys twice. Long ones are a matter of bandwidth:
-    each block takes all heads, and the KV heads of the same keys are read at the same time, which the order of blocks
-    in a grid does better than that of clusters.
+    Short caches of few rows, up to 8,192 keys, are a matter of latency: clusters, with the query heads shared out too,
+    since what blocks send each other grows with their heads and is slower than reading keys twice. Long ones are a
+    matter of bandwidth: each block takes all heads, and the KV heads of the same keys are read at the same time, which
+    the order of blocks in a grid does better than that of clusters.
     """
     keys, stages = 64, 4 if shape.H == 64 else 2
     tiles, rows = -(-shape.capacity // keys), shape.B * shape.K
     room = num_sms // rows  # blocks of a row, one on each multiprocessor
-    is_short = tiles <= 16 * min(8, room)
     many_heads = shape.G > 32
+    is_short = tiles <= 16 * (8 if room >= 4 and not many_heads else min(8, room))
     if tiles == 1:
         return Plan(keys, 1, 1, 1)
     if room == 0:

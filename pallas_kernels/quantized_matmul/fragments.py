@@ -1,11 +1,10 @@
-"""Codes of 8 and 4 bits in shared memory to operands of a matrix instruction, in registers; and products by warps.
+"""Codes of 8 and 4 bits in shared memory to operands of a matrix instruction, in registers.
 
 Words lie in the order in which threads hold the instruction's left operand (formats.py), so nothing moves between
 threads: a thread reads its words, and each pair of its weights is cut out of one of them. The arithmetic is exact. A
 code's bits under a fixed exponent are the number "something + code", from which that something is taken off.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,9 +12,8 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.hopper import tiling
 from pallas_kernels.quantized_matmul.formats import GROUP, unpack
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 
@@ -41,81 +39,6 @@ def fragments(words: Any, form: str, *, interpretable: bool) -> list[Any]:
         return [operand(words, form, part) for part in range(GROUP // DEPTH)]
 
     return emit(words)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
-
-
-def products_by_warps(codes: Sequence[Any], x: Any, group: int) -> Any:
-    """A group's codes, as `fragments` gives them, times x^T: float32 [64 outputs, R], in an accumulator's layout.
-
-    Each warp multiplies its 16 outputs by the matrix instruction of single warps, for which both operands are
-    registers. Nothing is waited for as a whole, so unpacking goes on in between. With many rows x is read too often,
-    once a warp.
-
-    x: a reference to shared memory, [R rows, inputs of a chunk], as `hopper.tiled` lays it out.
-    """
-    num_rows = x.shape[0]
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(tiling(jnp.bfloat16)), *[plgpu.Layout.WGMMA] * len(codes)),
-        return_type=plgpu.ShapeDtypeStruct((TILE, num_rows), jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
-    def emit(_, x, *codes):
-        # [blocks of 8 rows, blocks of 64 inputs, 8, 64] in memory, the last two swizzled.
-        num_blocks = ir.MemRefType(x.type).shape[1]
-        addresses = _addresses_of_rows(x)
-        layout = mgpu.WGMMA_LAYOUT
-        registers = np.empty((num_rows // 8, 2), dtype=object)
-        for block in range(num_rows // 8):
-            sums = []
-            for part, left in enumerate(codes):
-                inputs = group * len(codes) + part
-                right = _right_operands(addresses, block * num_blocks + inputs)
-                sums.append(_multiply(left.registers.reshape(2 * STEPS, 2), right))
-            total = [arith.addf(*pair) for pair in zip(*sums)]
-            for half in range(2):
-                pair = total[2 * half : 2 * half + 2]
-                registers[block, half] = vector.from_elements(ir.VectorType.get((2,), ir.F32Type.get()), pair)
-        registers = registers.reshape(layout.registers_shape((TILE, num_rows)))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return emit(x, *codes)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
-
-
-def _addresses_of_rows(x: ir.Value) -> list[ir.Value]:
-    """Where a thread's row of a block of 8 rows by 64 inputs begins that it hands to `ldmatrix`: for the first 32
-    inputs, of which a quarter of the warp takes 8 each, and the last."""
-    i32 = ir.IntegerType.get_signless(32)
-    lane = arith.remui(mgpu.thread_idx(), mgpu.c(32, i32))
-    row, eighth = arith.remui(lane, mgpu.c(8, i32)), arith.divui(lane, mgpu.c(8, i32))
-    # Of a row's 16-byte pieces, number i lies where i xor the row's number would.
-    offset = arith.addi(arith.muli(row, mgpu.c(128, i32)), arith.muli(arith.xori(row, eighth), mgpu.c(16, i32)))
-    start = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(x))
-    return [arith.addi(start, arith.xori(offset, mgpu.c(half, i32))) for half in (0, 64)]
-
-
-def _right_operands(addresses: list[ir.Value], block: int) -> list[tuple[ir.Value, ir.Value]]:
-    """Of a block of 8 rows by 64 inputs, the registers that each step of 16 inputs takes."""
-    i32 = ir.IntegerType.get_signless(32)
-    ptx = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-    made = []
-    for address in addresses:
-        at = arith.addi(address, mgpu.c(block * 8 * 128, i32))
-        loaded = mgpu.utils.inline_ptx(ptx, at, result_types=[i32] * 4, has_side_effects=True)
-        made += [tuple(loaded[:2]), tuple(loaded[2:])]
-    return made
-
-
-def _multiply(left: Any, right: list[tuple[ir.Value, ir.Value]]) -> list[ir.Value]:
-    """A thread's four sums over 64 inputs: of two outputs, eight apart, with two rows each."""
-    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    ptx = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-    sums = [mgpu.c(0.0, f32)] * 4
-    for step, pair in enumerate(right):
-        of_step = [mgpu.utils.bitcast(left[2 * step + column, row], i32) for column in range(2) for row in range(2)]
-        sums = list(mgpu.utils.inline_ptx(ptx, *of_step, *pair, *sums, result_types=[f32] * 4))
-    return sums
 
 
 def operand(words: ir.Value, form: str, part: int) -> Any:

@@ -18,7 +18,6 @@ class Plan:
     width: tiles of 64 outputs at once, which share what is read of x. groups: of 128 inputs, in a chunk.
     splits: blocks that share out the inputs.
     producer: one more warpgroup, each of whose warps starts the copies of one of the others.
-    by_warps: products of quantized weights by the matrix instruction of single warps (fragments.py).
     """
 
     warpgroups: int = 4
@@ -27,7 +26,6 @@ class Plan:
     groups: int = 1
     splits: int = 1
     producer: bool = False
-    by_warps: bool = False
 
     @property
     def all_warpgroups(self) -> int:

@@ -30,7 +30,7 @@ from pallas_kernels import compat
 from pallas_kernels.hopper import filled, let_next_launch_begin, tiled, wait_for_launch_before
 from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, storage
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments, products_by_warps
+from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
 from pallas_kernels.quantized_matmul.plan import Launch, Plan
 
 MATRIX = plgpu.Layout.WGMMA
@@ -92,6 +92,7 @@ class Stream:
       xs: each operand's x [R, I] in device memory.
       smem: as `scratch` says.
       overlaps: whether the launch runs beside the end of the one before, and the beginning of the one after.
+      num_early: of `xs`, how many, the first, were there before the launch before let this one begin.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Stream:
         xs: Sequence[Any],
         smem: dict[str, Any],
         overlaps: bool,
+        num_early: int = 0,
         interpretable: bool,
     ):
-        self.overlaps = overlaps and not interpretable
+        self.overlaps, self.num_early = overlaps and not interpretable, num_early
         self.launch, self.operands, self.plan, self.form = launch, launch.operands, launch.plan, launch.form
         self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
         plan, self.is_sum = self.plan, launch.is_sum
@@ -128,12 +130,13 @@ class Stream:
         self.total = self.per_turn * self.num_turns
 
     def begin(self) -> None:
-        """Starts the first copies, where the plan has no producer for them; then the launch before has ended."""
+        """Starts the first copies, where the plan has no producer for them. Unless some of `xs` were there early, the
+        launch before has ended then."""
         if self.overlaps:
             let_next_launch_begin()
         if not self.plan.producer:
             self._start_first(self._start)
-        elif self.overlaps:
+        elif self.overlaps and not self.num_early:
             wait_for_launch_before()
 
     def produce(self) -> None:
@@ -152,12 +155,13 @@ class Stream:
     def _start_first(self, start: Callable[..., None]) -> None:
         """Starts the copies of as many chunks as there are stages. The launch before makes x, and no weights."""
         first = [jnp.int32(n) for n in range(self.plan.stages)]
-        if self.overlaps:
+        weights_first = self.overlaps and not self.num_early
+        if weights_first:
             for n in first:
                 start(n, of_x=False)
             wait_for_launch_before()
         for n in first:
-            start(n, of_weights=not self.overlaps)
+            start(n, of_weights=not weights_first)
 
     def _start(self, n: Any, **parts: bool) -> None:
         """`_copy` by one warp, while the others go on."""
@@ -177,6 +181,8 @@ class Stream:
         for count in self.counts:
             totals = lax.fori_loop(0, count, functools.partial(self._add_chunk, start), totals)
             start += count
+        if self.overlaps and self.num_early:
+            wait_for_launch_before()  # also where this warpgroup had nothing to read of what that one made
         return totals
 
     def _copy(self, n: Any, **parts: bool) -> None:
@@ -206,10 +212,12 @@ class Stream:
     def _copy_term(
         self, k: int, slot: Any, within: Any, tiles: list[Any], of_x: bool = True, of_weights: bool = True
     ) -> None:
-        if of_x:
-            self._copy_x(k, slot, within)
         for i, tile in enumerate(tiles if of_weights else []):
             self._copy_tile(k, slot, within, i, tile)
+        if of_x:
+            if self.overlaps and 0 < self.num_early <= k:
+                wait_for_launch_before()
+            self._copy_x(k, slot, within)
 
     def _group(self, within: Any) -> Any:
         """The first group of this warpgroup's chunk of that number."""
@@ -288,10 +296,7 @@ class Stream:
                 following = operands(number + 1)  # while the product is under way
                 return accumulator[...], following
 
-            if self.plan.by_warps and not self.interpretable:
-                made, parts = products_by_warps(parts, x, group), operands(number + 1)
-            else:
-                made, parts = pl.run_scoped(product, self._accumulator())
+            made, parts = pl.run_scoped(product, self._accumulator())
             at = (self.warpgroup, slot, i, 0 if self.form == "int8" else group)
             scale = plgpu.load(self.smem["scales"].at[at], layout=MATRIX.reduce(1), optimized=False)
             totals[i] += made * lax.broadcast_in_dim(scale.astype(jnp.float32), made.shape, [0])

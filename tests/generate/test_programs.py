@@ -37,6 +37,16 @@ def test_the_option_reaches_xla_only_where_graphs_are_off(monkeypatch):
         program.lower(jnp.ones(3), factor=2, model=NOT_CAPTURED).compile()
 
 
+def test_loops_are_captured_whole_on_one_device_alone(monkeypatch, cpu_devices):
+    monkeypatch.setattr(programs, "WITH_LOOPS_IN_CUDA_GRAPHS", {"xla_gpu_no_such_option": ""})
+    loop, other = (programs.Program(scale, static_argnames="factor", loops=loops) for loops in (True, False))
+    over_a_mesh = CAPTURED._replace(mesh=jax.make_mesh((1,), ("tensor",), devices=cpu_devices[:1]))
+    for program, model in ((other, CAPTURED), (loop, over_a_mesh), (loop, NOT_CAPTURED)):
+        assert program(jnp.ones(3), factor=2, model=model).tolist() == [2, 2, 2]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        loop(jnp.ones(3), factor=2, model=CAPTURED)
+
+
 @pytest.mark.parametrize("model", [CAPTURED, NOT_CAPTURED], ids=["captured", "not captured"])
 def test_what_is_compiled_ahead_is_what_runs(model):
     program = programs.Program(scale, static_argnames="factor", donate_argnames="array")

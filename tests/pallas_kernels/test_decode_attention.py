@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, shapes
-from pallas_kernels.decode_attention import decode_attention, mosaic
+from pallas_kernels.decode_attention import decode_attention, decode_attention_in_chain, mosaic
 from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
 from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention.cudnn import alibi_columns
@@ -271,6 +271,13 @@ def test_arguments_that_do_not_fit_are_named(changes, message):
     inputs: dict[str, Any] = draw() | changes
     with pytest.raises(ValueError, match=message):
         decode_attention(**inputs)
+
+
+def test_too_few_counters_are_named():
+    inputs = draw()
+    needed = inputs["lengths"].size * inputs["q"].shape[1]
+    with pytest.raises(ValueError, match=f"need {needed} counters, not {needed - 1}"):
+        decode_attention_in_chain(**inputs, counters=jnp.zeros(needed - 1, jnp.int32))
 
 
 def test_pages_of_another_size_are_named():

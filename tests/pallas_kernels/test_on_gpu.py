@@ -13,14 +13,11 @@ from pallas_kernels import compat, shapes
 from pallas_kernels.attention_norm import attention_norm
 from pallas_kernels.attention_norm.mosaic import add_mosaic
 from pallas_kernels.attention_norm.reference import add_xla, attention_norm_reference
-from pallas_kernels.decode_attention import decode_attention, mosaic
-from pallas_kernels.decode_attention.plan import Plan
+from pallas_kernels.decode_attention import decode_attention, decode_attention_in_chain, mosaic
+from pallas_kernels.decode_attention.plan import Plan, Shape
 from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.quantized_matmul import Product, project, quantize
-from pallas_kernels.quantized_matmul.mosaic import project_mosaic
-from pallas_kernels.quantized_matmul.plan import Plan as StagePlan
-from pallas_kernels.quantized_matmul.reference import matmul_reference
 from tests.pallas_kernels.packing import starts_of
 from tests.pallas_kernels.tolerance import allowed, error, require_close
 
@@ -251,6 +248,40 @@ def test_a_thousand_decode_launches_with_fresh_inputs(model):
     assert float(jax.jit(lambda: jax.lax.fori_loop(0, 1000, launch, jnp.float32(0)))()) <= 1
 
 
+@pytest.mark.parametrize(
+    ("model", "batch", "tokens"), [("falcon-40b-alibi", 4, 4096), ("falcon-7b", 3, 1024), ("falcon-rw-1b", 1, 16384)]
+)
+def test_ten_thousand_launches_that_hand_their_counters_on(model, batch, tokens):
+    case = shapes.decode_case(model, tokens, batch)
+    plan = mosaic.default_plan(Shape(case.B, case.K, case.N // case.K, case.H, case.S), compat.num_sms())
+    assert plan.through_memory
+    inputs = case.draw(5)
+    counters = jnp.zeros(case.B * case.N, jnp.int32)
+
+    def attend(lengths, counters):
+        return decode_attention_in_chain(
+            inputs["q"], inputs["keys"], inputs["values"], slopes=inputs["slopes"], lengths=lengths, counters=counters,
+            implementation="mosaic",
+        )  # fmt: skip
+
+    @jax.jit
+    def different(lengths, counters):
+        """Launches whose bits differ from those of a single one; rows get shorter in between, to one key and none."""
+        expected, counters = attend(lengths, counters)
+
+        def launch(index, carry):
+            count, counters = carry
+            _, counters = attend(jnp.where(index % 3 == 0, index % 200, lengths), counters)
+            out, counters = attend(lengths, counters)
+            return count + jnp.any(out != expected), counters
+
+        return jax.lax.fori_loop(0, 5000, launch, (0, counters)), expected
+
+    (count, _), expected = different(inputs["lengths"], counters)
+    assert int(count) == 0
+    np.testing.assert_array_equal(expected, decode(case, inputs))
+
+
 # Stages of a few rows
 
 
@@ -305,21 +336,6 @@ def test_a_devices_part_of_an_output_stage(width, sizes, form):
     nothing = jnp.zeros((8, width), jnp.float32)
     exact, _ = attention_norm_reference([x.astype(jnp.float32) for x in xs], weights, [], nothing, [], 1e-5)
     require_close(jax.jit(add_mosaic, static_argnums=2)(xs, weights, width), plain, exact)
-
-
-@pytest.mark.parametrize("num_rows", [8, 16])
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_products_by_warps_are_those_of_warpgroups_but_for_rounding(form, num_rows):
-    inputs, outputs = 1024, 512
-    x = jax.random.normal(jax.random.key(0), (num_rows, inputs)).astype(jnp.bfloat16)
-    weight = quantize(jax.random.normal(jax.random.key(1), (inputs, outputs)).astype(jnp.bfloat16), form)
-    exact = matmul_reference(x.astype(jnp.float32), weight, outputs)
-    for plan in (StagePlan(2, 2), StagePlan(3, 3, groups=2), StagePlan(4, 2, producer=True)):
-        made = [
-            project_mosaic([Product(x, weight, outputs)], plan=dataclasses.replace(plan, by_warps=by_warps))[0]
-            for by_warps in (False, True)
-        ]
-        require_close(made[1], made[0], exact)
 
 
 @pytest.mark.parametrize("form", ["native", "int8", "int4"])

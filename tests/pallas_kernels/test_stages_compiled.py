@@ -8,7 +8,6 @@ from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
 from pallas_kernels.decode_attention.mosaic import decode_mosaic
 from pallas_kernels.quantized_matmul import Product
 from pallas_kernels.quantized_matmul.mosaic import project_mosaic
-from pallas_kernels.quantized_matmul.plan import Plan
 from tests.pallas_kernels.test_compiled import array, few_bits, require_no_problems
 from tests.thorough import thorough
 
@@ -58,15 +57,26 @@ def test_decoding_that_overlaps_waits_before_it_reads_anything(compiler):
     arguments = (q, cache, cache, array((1,), "int32"), array((64,)), "float32", 0.1, None)
     report = compiler.compile(decode_mosaic, *arguments, overlaps=True, dump=["ptx"])
     require_no_problems(report)
-    assert events(report.log)[:3] == ["launch_dependents", "wait", "copy"]
+    assert events(report.log)[:3] == ["wait", "launch_dependents", "copy"]
 
 
-@pytest.mark.parametrize(("form", "num_rows"), [("int4", 8), *thorough([("int4", 16), ("int8", 8)])])
-def test_products_by_warps_take_no_instruction_of_a_warpgroup_and_do_not_spill(compiler, form, num_rows):
-    plan = Plan(4, 2, groups=1, by_warps=True)
-    for report in (
-        compiler.compile(project_mosaic, input_stage(form, num_rows), plan=plan, dump=["sass"]),
-        compiler.compile(attention_norm_mosaic, *output_stage(form, num_rows), epsilon=1e-5, plan=plan, dump=["sass"]),
-    ):
+@pytest.mark.parametrize("form", ["int4", *thorough(["native", "int8"])])
+def test_an_output_stage_makes_products_of_what_is_there_early_before_it_waits(compiler, form):
+    x, attended = array((8, MLP_WIDTH), "bfloat16"), array((8, WIDTH), "bfloat16")
+    _, [weight], biases, residual, norms, counter = output_stage(form)
+    weights = [weight, few_bits(form, WIDTH, WIDTH)]
+    arguments = [x, attended], weights, biases, residual, norms, counter
+    late, early = (
+        compiler.compile(
+            attention_norm_mosaic, *arguments, epsilon=1e-5, overlaps=True, num_early=num_early, dump=["ptx"]
+        )
+        for num_early in (0, 1)
+    )
+    product, wait = "wgmma.mma_async", "griddepcontrol.wait"
+    for report in (late, early):
         require_no_problems(report)
-        assert report.log.count("HMMA.16816.F32.BF16") >= num_rows and "HGMMA" not in report.log
+        assert events(report.log)[0] == "launch_dependents"
+    assert late.log.index(wait) < late.log.index(product)
+    # All threads wait in the end, also those that had nothing to copy of what the launch before makes.
+    assert early.log.rindex(wait) > early.log.rindex(product)
+    assert early.log.count(wait) > late.log.count(wait)
