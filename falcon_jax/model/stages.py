@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from falcon_jax.model.linear import LayerNorm, Linear
 
 # Whether a launch begins while the one before still runs, and reads its first weights, which are a program's arguments.
-# Off: kernels of a CUDA graph do not overlap, and falcon-7b's results in few bits were not the same (benchmarks/LOG.md).
+# Off: in a CUDA graph none overlap, and falcon-7b in few bits did not give the same results (benchmarks/LOG.md).
 OVERLAPS = False
 
 

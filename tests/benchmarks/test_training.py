@@ -6,7 +6,6 @@ How fast anything is stays out of tests.
 import dataclasses
 import json
 import warnings
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
