@@ -98,7 +98,7 @@ class Engine:
             self.model.config,
             num_rows=num_prompts * num_samples,
             num_tokens=longest_prompt + max_new_tokens,
-            capacity=self._plan(longest_prompt, num_prompts, max_new_tokens)[1],
+            capacity=self.plan(longest_prompt, num_prompts, max_new_tokens)[1],
             dtype=self.dtype,
             mesh=self.model.mesh,
             max_cache_tokens=self.max_cache_tokens,
@@ -117,7 +117,7 @@ class Engine:
           RequestError: as `start`.
         """
         self.check(longest_prompt, 1, num_samples, max_new_tokens, num_drafted)
-        sizes, capacity = self._plan(longest_prompt, 1, max_new_tokens)
+        sizes, capacity = self.plan(longest_prompt, 1, max_new_tokens)
         config, static, kind = self.model.config, {"model": self.model}, sampling.kind
         shape = jax.ShapeDtypeStruct
         on_device = jax.tree.leaves(self.params)[0].sharding
@@ -152,7 +152,7 @@ class Engine:
         else:
             yield decode.lower(*begin, done, keys, *fixed, **static, kind=kind)
 
-    def _plan(self, longest_prompt: int, num_prompts: int, max_new_tokens: int) -> tuple[list[int], int]:
+    def plan(self, longest_prompt: int, num_prompts: int, max_new_tokens: int) -> tuple[list[int], int]:
         """The sizes of the prefill calls, and the cache's capacity."""
         rope = self.model.config.rope
         whole = rope is not None and rope.scaling == "dynamic"
@@ -164,7 +164,7 @@ class Engine:
     ) -> tuple[KVCache, Float[Array, "B D"]]:
         """A cache of the prompts, with room for `max_new_tokens` more, and each last token's hidden state."""
         config, num_rows = self.model.config, len(prompts)
-        sizes, capacity = self._plan(max(map(len, prompts)), num_rows, max_new_tokens)
+        sizes, capacity = self.plan(max(map(len, prompts)), num_rows, max_new_tokens)
         token_ids, lengths = batching.pad_rows(prompts, sum(sizes))
         (lengths,) = self._rows(lengths)
         cache = KVCache.create(config, num_rows, capacity, self.dtype, self.model.mesh)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +107,21 @@ def test_xla_captures_the_decoding_for_a_gpu_unless_told_otherwise(tmp_path):
 
 
 @pytest.mark.gpu
-def test_the_switch_changes_no_text_on_a_gpu():
-    loaded = [Falcon.from_checkpoint(dtype="float32", cuda_graphs=cuda_graphs) for cuda_graphs in (True, False)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_switch_changes_no_text_on_a_gpu(dtype):
+    loaded = [Falcon.from_checkpoint(dtype=dtype, cuda_graphs=cuda_graphs) for cuda_graphs in (True, False)]
     assert [model.engine.model.cuda_graphs for model in loaded] == [True, False]
-    captured, launched = (model.generate("The sea", max_new_tokens=40) for model in loaded)
-    assert captured == launched
+    drawn: dict[str, Any] = {"temperature": 0.9, "seed": 3, "num_samples": 3}
+    some: list[dict[str, Any]] = [
+        {},
+        {"speculate": 4},
+        drawn,
+        drawn | {"top_k": 50, "top_p": 0.9},
+        drawn | {"min_p": 0.05, "repetition_penalty": 1.2, "speculate": 3},
+        {"stop": ["."]},
+    ]
+    for options in some:
+        # Rows that end sooner and later, and steps that are no multiple of what a call makes.
+        prompts = ["The sea", "It was a dark night, and", "the lighthouse keeper the lighthouse keeper the"]
+        captured, launched = (model.generate(prompts, max_new_tokens=75, **options) for model in loaded)
+        assert captured == launched, options
