@@ -6,6 +6,7 @@ Letters: B batch, T query tokens, S cache length, D width, V vocabulary, E end-o
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ class Program[**P, R]:
     Args:
       function: takes its `model`, which is static, by keyword.
       loops: whether it is a loop, which on one device belongs into a CUDA graph as a whole. What several devices send
-        one another is in none, by XLA's choice, and so no loop around it can be.
+        one another is in none, by XLA's choice, and so no loop around it can be. A choice in XLA_FLAGS stands.
       options: of jax.jit, without "model" among the static arguments.
     """
 
@@ -52,7 +53,9 @@ class Program[**P, R]:
         # jax.jit takes XLA's options where it wraps and not where it is called.
         wrap = functools.partial(jax.jit, function, static_argnames=("model", *names), **options)
         self._default = wrap()
-        self._with_loops = wrap(compiler_options=WITH_LOOPS_IN_CUDA_GRAPHS) if loops else self._default
+        has_choice = "xla_gpu_enable_command_buffer" in os.environ.get("XLA_FLAGS", "")
+        captures_loops = loops and not has_choice
+        self._with_loops = wrap(compiler_options=WITH_LOOPS_IN_CUDA_GRAPHS) if captures_loops else self._default
         self._without_cuda_graphs = wrap(compiler_options=WITHOUT_CUDA_GRAPHS)
         functools.update_wrapper(self, function)
 

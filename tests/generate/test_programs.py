@@ -46,6 +46,9 @@ def test_loops_are_captured_whole_on_one_device_alone(monkeypatch, cpu_devices):
         assert program(jnp.ones(3), factor=2, model=model).tolist() == [2, 2, 2]
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
         loop(jnp.ones(3), factor=2, model=CAPTURED)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=+COLLECTIVES")
+    chosen = programs.Program(scale, static_argnames="factor", loops=True)
+    assert chosen(jnp.ones(3), factor=2, model=CAPTURED).tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("model", [CAPTURED, NOT_CAPTURED], ids=["captured", "not captured"])
