@@ -33,7 +33,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple[int, ...], dict]]:
         monkeypatch.setattr(module, name, watched)
 
     watch(attention.flash_attention, "attention")
-    watch(attention.decode_attention, "decode_attention")
+    watch(attention.decode_attention, "decode_attention_in_chain")
     return seen
 
 
@@ -67,7 +67,7 @@ def test_chunks_of_a_prompt_start_where_the_cache_ends(calls):
 def test_single_tokens_read_what_their_row_holds_and_rows_that_ended_nothing(num_tokens, lengths, calls):
     hidden = forward(1, num_tokens=None if num_tokens is None else jnp.asarray(num_tokens))
     ((name, shape, options),) = calls
-    assert name == "decode_attention" and len(shape) == 3
+    assert name == "decode_attention_in_chain" and len(shape) == 3
     assert options["lengths"].tolist() == lengths
     assert np.all(np.isfinite(hidden))
 
@@ -88,7 +88,7 @@ def test_the_mesh_of_an_engine_reaches_its_kernels(calls, cpu_devices):
         generation = Engine(config, params, mesh=mesh).start([[1, 2], [3]], max_new_tokens=3, sampling=Sampling())
         while not generation.finished:
             generation.next_chunk()
-    assert {name for name, _, _ in calls} == {"attention", "decode_attention"}
+    assert {name for name, _, _ in calls} == {"attention", "decode_attention_in_chain"}
     assert all(options["mesh"] == mesh for _, _, options in calls)
 
 
