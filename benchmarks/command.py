@@ -5,7 +5,7 @@ The document is the last line on stdout; progress, and what of ours failed, go t
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,13 @@ def check_name(name: str | None) -> None:
     """What --save may be. Raises: RequestError."""
     if name is not None and Path(name).name != name:
         raise RequestError(f"--save is {name!r}; it must be a name, without a folder")
+
+
+def check_known(flag: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises: RequestError where one of those given is not among those known."""
+    for value in given:
+        if value not in known:
+            raise RequestError(f"--{flag} {value} is unknown; known are {', '.join(known)}")
 
 
 def save(document: dict[str, Any], name: str | None) -> None:

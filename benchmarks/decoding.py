@@ -118,10 +118,8 @@ def check(arguments: Arguments) -> None:
     from falcon_jax.config import PRESETS
     from falcon_jax.model.quantize import WEIGHTS
 
-    for flag, given, known in (("models", arguments.models, PRESETS), ("weights", arguments.weights, WEIGHTS)):
-        for value in given:
-            if value not in known:
-                raise RequestError(f"--{flag} {value} is unknown; known are {', '.join(known)}")
+    command.check_known("models", arguments.models, PRESETS)
+    command.check_known("weights", arguments.weights, WEIGHTS)
     if min(arguments.rows) < 1:
         raise RequestError(f"--rows is {arguments.rows}; each must be at least 1")
     if arguments.context < 1:

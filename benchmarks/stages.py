@@ -71,10 +71,8 @@ def check(arguments: Arguments) -> None:
     from falcon_jax.config import PRESETS
     from falcon_jax.model.quantize import WEIGHTS
 
-    for flag, given, known in (("models", arguments.models, PRESETS), ("weights", arguments.weights, WEIGHTS)):
-        for value in given:
-            if value not in known:
-                raise RequestError(f"--{flag} {value} is unknown; known are {', '.join(known)}")
+    command.check_known("models", arguments.models, PRESETS)
+    command.check_known("weights", arguments.weights, WEIGHTS)
     if any(not 1 <= rows <= 64 for rows in arguments.rows):
         raise RequestError(f"--rows is {arguments.rows}; each must be from 1 to 64")
     command.check_name(arguments.save)

@@ -134,7 +134,7 @@ def _launch(
         smem["columns"] = tile((plan.width, len(inputs["columns"]), TILE))
     if num_fetched := settings.has_residual + len(inputs["columns"]):
         smem["ready"] = plgpu.Barrier(num_arrivals=plan.width * num_fetched)
-    if interpretable:  # no semaphores there
+    if interpretable:  # where blocks cannot meet at a counter
         smem["met"] = plgpu.ClusterBarrier(collective_axes=("block", "split"), num_arrivals=1)
         blocks = {"cluster": (num_blocks, plan.splits), "cluster_names": ("block", "split")}
     else:

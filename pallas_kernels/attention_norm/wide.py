@@ -101,7 +101,7 @@ def _launch(
 
     smem = scratch(launch, interpretable=interpretable)
     smem["residual_there"] = plgpu.Barrier(num_barriers=CONSUMERS)
-    if interpretable:  # no semaphores there
+    if interpretable:  # where blocks cannot meet at a counter
         smem["met"] = plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=CONSUMERS)
         blocks = {"cluster": (launch.num_clusters,), "cluster_names": ("block",)}
     else:

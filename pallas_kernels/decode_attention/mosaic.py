@@ -129,7 +129,7 @@ def _launch(
     plan = plan or default_plan(shape, num_sms)
     if not interpretable:
         shape.check(plan, num_sms)
-    # The interpreter has no semaphores, but clusters; and results go through memory there.
+    # Interpreted blocks cannot meet at a counter, but in clusters; and results go through memory there.
     exchange = None if interpretable else shape.exchange(plan)
     by_cluster = plan.splits > 1 and (plan.meeting == "cluster" or interpretable)
     W, heads, head_blocks = plan.warpgroups, shape.heads(plan), shape.head_blocks(plan)

@@ -22,7 +22,7 @@ class Plan:
     stages: tiles of K, and as many of V, that a warpgroup holds or waits for.
     splits: blocks that share the keys of one row and KV head.
     meeting: how these combine their results. "cluster": as one thread block cluster, at most 16, through each other's
-      shared memory. "grid": through the GPU's memory and a semaphore, any number, as long as all blocks of the launch
+      shared memory. "grid": through the GPU's memory and a counter, any number, as long as all blocks of the launch
       fit the GPU at once.
     max_heads: of a block; query heads of a KV head beyond that are shared out among several blocks, each of which reads
       all keys. None: as many as a block can hold.
