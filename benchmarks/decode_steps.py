@@ -8,6 +8,7 @@ The trap: each call makes the rows longer. The limit counts the cache at its mea
 
 import concurrent.futures
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ class Steps:
         return state, chunk.tokens
 
     def _state(self, case: StepCase) -> DecodeState:
-        made = jax.jit(lambda: _random_state(self.engine, case))()
+        made = _random_state(self.engine, case)
         return jax.device_put(made, jax.tree.leaves(self.engine.params)[0].sharding)
 
 
@@ -119,13 +120,17 @@ def _random_state(engine: Engine, case: StepCase) -> DecodeState:
     """After a prompt that never was."""
     _, capacity = engine.plan(case.context_tokens, case.num_rows, case.new_tokens)
     empty = KVCache.create(engine.model.config, case.num_rows, capacity, engine.dtype)
-    filled = [
-        jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate((*empty.keys, *empty.values))
-    ]
+    filled = [_random(i, x) for i, x in enumerate((*empty.keys, *empty.values))]
     lengths = jnp.full(case.num_rows, case.context_tokens, jnp.int32)
     num_layers = len(empty.keys)
     cache = KVCache(tuple(filled[:num_layers]), tuple(filled[num_layers:]), lengths)
     return DecodeState(cache, jnp.arange(case.num_rows, dtype=jnp.int32), jnp.zeros(case.num_rows, bool), None)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _random(seed: int, x: Array) -> Array:
+    """As large as x. All layers' are one program: compiled together they take a minute."""
+    return jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
 
 
 def kernels(events: Sequence[training_profile.Event], num_steps: int) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ class Arguments:
     """Forms of the weights."""
     rows: tuple[int, ...] = (1,)
     """Sequences at once."""
+    num_layers: int | None = None
+    """Of each model only so many layers; all if left out."""
     context: int = 4000
     """Tokens that each has in the cache at first."""
     cuda_graphs: tuple[Literal["on", "off"], ...] = ("on",)
@@ -47,7 +49,6 @@ def main(arguments: Arguments) -> dict[str, Any]:
 
     from benchmarks import command, hardware, limits
     from benchmarks.decode_steps import StepCase
-    from falcon_jax.config import PRESETS
 
     memory = hardware.read_bandwidth(limits.MEMORY_READ_BYTES.get(jax.default_backend(), 2**30))
     print(f"limit: this device reads {memory / 1e12:.3f} TB/s", flush=True)
@@ -61,10 +62,17 @@ def main(arguments: Arguments) -> dict[str, Any]:
         for weights in arguments.weights:
             command.say(f"{name} {weights}")
             rates = limits.Rates(memory, flops_per_s=1.0)  # of products nothing is measured
-            document["cases"] += measure_model(name, PRESETS[name], weights, cases, rates, arguments.trace)
+            document["cases"] += measure_model(name, config_of(name, arguments), weights, cases, rates, arguments.trace)
             command.save(document, arguments.save)
             gc.collect()
     return document
+
+
+def config_of(name: str, arguments: Arguments) -> Any:
+    from falcon_jax.config import PRESETS
+
+    config = PRESETS[name]
+    return dataclasses.replace(config, num_layers=min(arguments.num_layers or config.num_layers, config.num_layers))
 
 
 def measure_model(
@@ -74,7 +82,8 @@ def measure_model(
     from benchmarks import command, measure, training_profile
     from benchmarks.decode_steps import Steps
 
-    results = [{"model": name, "weights": weights, **dataclasses.asdict(case)} for case in cases]
+    about = {"model": name, "num_layers": config.num_layers, "weights": weights}
+    results = [about | dataclasses.asdict(case) for case in cases]
 
     def fail(result: dict[str, Any], error: Exception) -> None:
         result["failed"] = measure.reason(error)
@@ -122,8 +131,9 @@ def check(arguments: Arguments) -> None:
     command.check_known("weights", arguments.weights, WEIGHTS)
     if min(arguments.rows) < 1:
         raise RequestError(f"--rows is {arguments.rows}; each must be at least 1")
-    if arguments.context < 1:
-        raise RequestError(f"--context is {arguments.context}; it must be at least 1")
+    for name, number in (("num-layers", arguments.num_layers), ("context", arguments.context)):
+        if number is not None and number < 1:
+            raise RequestError(f"--{name} is {number}; it must be at least 1")
     command.check_name(arguments.save)
 
 

@@ -23,7 +23,7 @@ from falcon_jax.config import FalconConfig
 from falcon_jax.errors import RequestError
 from falcon_jax.generate.programs import WITHOUT_CUDA_GRAPHS
 from pallas_kernels import compat
-from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.reference import attention_norm_reference
 from pallas_kernels.quantized_matmul import Product, project, quantize
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch, output_launch
@@ -123,9 +123,9 @@ class Variant:
 
         rows, width = residual.shape
         launch = output_launch(weights, width, rows, len(norms), compat.num_sms())
-        counter, plan = options.pop("counter"), self._changed(launch.plan)
+        meeting, plan = options.pop("meeting"), self._changed(launch.plan)
         return attention_norm_mosaic(
-            xs, weights, [], residual, norms, counter, **options, overlaps=self.overlaps, plan=plan
+            xs, weights, [], residual, norms, meeting, **options, overlaps=self.overlaps, plan=plan
         )
 
     def _changed(self, plan: Plan) -> Plan:
@@ -154,8 +154,8 @@ def _weight(key: Array, num_inputs: int, num_outputs: int, form: str) -> Any:
 
 
 def run_layer(case: StageCase, part: str, way: Variant | Plain, weights: dict[str, Any], carry: Any, fixed: Any) -> Any:
-    """One layer: carry is (residual, normed, hidden, counter), fixed is (attention's result, norm)."""
-    residual, normed, hidden, counter = carry
+    """One layer: carry is (residual, normed, hidden, meeting), fixed is (attention's result, norm)."""
+    residual, normed, hidden, meeting = carry
     attended, norm = fixed
 
     def inputs(names: Sequence[str], x: Array) -> list[Array]:
@@ -164,25 +164,25 @@ def run_layer(case: StageCase, part: str, way: Variant | Plain, weights: dict[st
         ]
         return way.project(products)
 
-    def finish(xs: list[Array], names: list[str], residual: Array, counter: Array) -> Any:
+    def finish(xs: list[Array], names: list[str], residual: Array, meeting: Array) -> Any:
         return way.attention_norm(
-            xs, [weights[name] for name in names], residual, [norm], epsilon=case.config.norm_epsilon, counter=counter
+            xs, [weights[name] for name in names], residual, [norm], epsilon=case.config.norm_epsilon, meeting=meeting
         )
 
     both = part == "both"
     if case.config.block == "parallel":
         if both:
             *_, hidden = inputs(list(case.outputs), normed)
-        residual, (normed,), counter = finish([attended, hidden], ["output", "down"], residual, counter)
-        return residual, normed, hidden, counter
+        residual, (normed,), meeting = finish([attended, hidden], ["output", "down"], residual, meeting)
+        return residual, normed, hidden, meeting
     first = inputs(["query", "key", "value"], normed) if both else []
     # What nobody reads is not computed: a number of each keeps XLA from leaving it out.
     attended = attended + sum((y[:, :1] * 0 for y in first), jnp.zeros((), attended.dtype))
-    residual, (normed,), counter = finish([attended], ["output"], residual, counter)
+    residual, (normed,), meeting = finish([attended], ["output"], residual, meeting)
     if both:
         (hidden,) = inputs(["up"], normed)
-    residual, (normed,), counter = finish([hidden], ["down"], residual, counter)
-    return residual, normed, hidden, counter
+    residual, (normed,), meeting = finish([hidden], ["down"], residual, meeting)
+    return residual, normed, hidden, meeting
 
 
 def contestants(case: StageCase, variants: Sequence[Variant] = ()) -> tuple[list[Entry], dict[str, int]]:
@@ -235,7 +235,7 @@ def _activations(case: StageCase) -> tuple[Any, Any]:
         return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
 
     rows = case.num_rows
-    carry = normal(0, rows, D), normal(1, rows, D), normal(2, rows, case.config.mlp_width), jnp.zeros(1, jnp.int32)
+    carry = normal(0, rows, D), normal(1, rows, D), normal(2, rows, case.config.mlp_width), new_meeting(rows, D)
     return carry, (normal(3, rows, case.outputs["query"]), (normal(4, D), normal(5, D)))
 
 

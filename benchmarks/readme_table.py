@@ -164,6 +164,13 @@ ROWS = (
         STEPS,
     ),
     Row(
+        "steps alone after 4,000 tokens, falcon-rw-1b's shape in bf16; falcon-40b-alibi's in 4 bits, one row and four",
+        "{runs.1.cases.0.decode_tokens_per_s:.0f} tokens/s, {runs.1.cases.0.share_of_read_limit*100:.0f} % of the read "
+        "limit; {runs.2.cases.0.decode_tokens_per_s:.0f} and {runs.2.cases.1.decode_tokens_per_s:.0f}",
+        "",
+        "decoding-h200.json",
+    ),
+    Row(
         "its fused output stage with the norm, up to 8 rows, bf16; int8; int4: share of the read limit",
         "{runs.0.results.16.share_of_read_limit*100:.0f} %; {runs.1.results.7.share_of_read_limit*100:.0f} %; "
         "{runs.1.results.0.share_of_read_limit*100:.0f} %",
@@ -202,6 +209,13 @@ ROWS = (
         "{results.int4, calibrated on 512 rows.bits_per_byte:.4f} calibrated",
         "4 bits without calibration {results.int4, nearest.bits_per_byte:.4f}",
         "falcon-nano-quantized.json",
+    ),
+    Row(
+        "a model of 178 million parameters on ten, 2,048 tokens at a time, the same",
+        "{results.bfloat16.length_2048.bits_per_byte:.4f}; {results.int8.length_2048.bits_per_byte:.4f}; "
+        "{results.int4, calibrated.length_2048.bits_per_byte:.4f} calibrated",
+        "4 bits without calibration {results.int4, nearest.length_2048.bits_per_byte:.4f}",
+        "178m-quantized.json",
     ),
 )
 

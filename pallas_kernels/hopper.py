@@ -56,6 +56,13 @@ def wait_for_launch_before() -> None:
     plgpu.griddepcontrol_wait()
 
 
+def wait_until_results_have_left() -> None:
+    """What comes last in a kernel that sends results by copies from shared memory: it must not give that back before
+    they have been read. That they are in device memory is what the end of the launch means; nobody waits for it here.
+    """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
 def fence_memory() -> None:
     """Makes what was written before visible to the whole GPU before anything that comes after."""
 

@@ -26,7 +26,7 @@ from falcon_jax import sharding
 from falcon_jax.model import cache as kv_cache
 from falcon_jax.model.step import Step
 from pallas_kernels import compat, quantized_matmul
-from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Product, in_eights, project
 from pallas_kernels.sharded import HEAD_AXIS
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from falcon_jax.model.linear import LayerNorm, Linear
 
 # Whether a launch begins while the one before still runs, and reads its first weights, which are a program's arguments.
-# Off: in a CUDA graph none overlap, and falcon-7b in few bits did not give the same results (benchmarks/LOG.md).
+# Results are the same. Off: in jax 0.11.2 none overlap in a CUDA graph, and outside one nothing is gained
+# (benchmarks/LOG.md).
 OVERLAPS = False
 
 
@@ -103,12 +104,12 @@ def run(
     normed = [norm(residual) for norm in _input_norms(layers[0])]
     places = _positions(decoder, step, cache, residual.shape[0])
     shared = _Shared(step, implementation, decoder.mesh, _split(decoder), *places)
-    counters = jnp.zeros(1, jnp.int32), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
+    meetings = new_meeting(residual.shape[0], D), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
     kept = []
     for i, (block, norms) in enumerate(zip(layers, norms_after, strict=True)):
         with jax.named_scope(f"layer_{i}"):
             slots = cache.keys[i], cache.values[i]
-            residual, normed, counters, slots = _layer(block, residual, normed, norms, counters, shared, slots)
+            residual, normed, meetings, slots = _layer(block, residual, normed, norms, meetings, shared, slots)
             kept.append(slots)
     return normed[0][: B * T].reshape(B, T, D), kept
 
@@ -157,20 +158,20 @@ def _layer(
     residual: Float[Array, "R D"],
     normed: list[Float[Array, "R D"]],
     norms: list[LayerNorm],
-    counters: tuple[Array, Array],
+    meetings: tuple[Array, Array],
     shared: _Shared,
     slots: tuple[Array, Array],
 ):
     """A layer, before which `normed` was made, and at the end of which `norms` are.
 
-    counters: at which blocks of the output stages' kernels, and of attention's, meet.
+    meetings: the arrays through which blocks of the output stages' kernels meet, and the counters of attention's.
     """
-    counter, meetings = counters
+    meeting, counters = meetings
     attention, mlp = block.attention, block.mlp
     outputs = {"attention.output": attention.output, "mlp.down": mlp.down}
 
     # Of several inputs attention's comes last: the others' products need not wait for it.
-    def finish(inputs: dict[str, Array], residual, norms, counter):
+    def finish(inputs: dict[str, Array], residual, norms, meeting):
         projections = [outputs[name] for name in inputs]
         biases = [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")]
         return attention_norm(
@@ -180,7 +181,7 @@ def _layer(
             [norm.affine() for norm in norms],
             biases=biases,
             epsilon=norms[0].epsilon,
-            counter=counter,
+            meeting=meeting,
             mesh=shared.mesh,
             are_split=[shared.split[name] for name in inputs],
             overlaps=OVERLAPS,
@@ -192,21 +193,21 @@ def _layer(
         return shared.product("mlp.up", mlp.up, normed, activation="gelu")
 
     if block.parallel:
-        attended, slots, meetings, (hidden,) = _attend(block, normed[0], [up(normed[-1])], meetings, shared, slots)
-        residual, normed, counter = finish({"mlp.down": hidden, "attention.output": attended}, residual, norms, counter)
-        return residual, normed, (counter, meetings), slots
-    attended, slots, meetings, _ = _attend(block, normed[0], [], meetings, shared, slots)
-    residual, normed, counter = finish({"attention.output": attended}, residual, [block.mlp_norm], counter)
+        attended, slots, counters, (hidden,) = _attend(block, normed[0], [up(normed[-1])], counters, shared, slots)
+        residual, normed, meeting = finish({"mlp.down": hidden, "attention.output": attended}, residual, norms, meeting)
+        return residual, normed, (meeting, counters), slots
+    attended, slots, counters, _ = _attend(block, normed[0], [], counters, shared, slots)
+    residual, normed, meeting = finish({"attention.output": attended}, residual, [block.mlp_norm], meeting)
     (hidden,) = shared.project([up(normed[0])])
-    residual, normed, counter = finish({"mlp.down": hidden}, residual, norms, counter)
-    return residual, normed, (counter, meetings), slots
+    residual, normed, meeting = finish({"mlp.down": hidden}, residual, norms, meeting)
+    return residual, normed, (meeting, counters), slots
 
 
 def _attend(
     block: Block,
     normed: Float[Array, "R D"],
     others: list[Product],
-    meetings: Int[Array, " C"],
+    counters: Int[Array, " C"],
     shared: _Shared,
     slots: tuple[Array, Array],
 ) -> tuple[Float[Array, "R NH"], tuple[Array, Array], Int[Array, " C"], list[Array]]:
@@ -237,8 +238,8 @@ def _attend(
         assert kept is not None  # slots came in
     else:
         kept = k.reshape(slots[0].shape), v.reshape(slots[1].shape)
-        out, after = attention.attend_to_cache(q, *kept, step, counters=meetings, overlaps=OVERLAPS)
+        out, after = attention.attend_to_cache(q, *kept, step, counters=counters, overlaps=OVERLAPS)
         assert after is not None  # they went in
-        meetings = after
+        counters = after
     out = out.reshape(-1, out.shape[2] * H)
-    return jnp.pad(out, ((0, num_rows - out.shape[0]), (0, 0))), kept, meetings, made
+    return jnp.pad(out, ((0, num_rows - out.shape[0]), (0, 0))), kept, counters, made

@@ -4,11 +4,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
+from pallas_kernels.attention_norm.meeting import meeting_size, new_meeting
 from pallas_kernels.attention_norm.reference import Norm, add_xla, attention_norm_xla
 from pallas_kernels.attention_norm.sharded import attention_norm_over
 from pallas_kernels.quantized_matmul.product import (
@@ -30,21 +30,22 @@ def attention_norm(
     *,
     biases: Sequence[Float[Array, " D"]] = (),
     epsilon: float,
-    counter: Int[Array, "1"] | None = None,
+    meeting: Int[Array, " M"] | None = None,
     mesh: Mesh | None = None,
     are_split: Sequence[bool] = (),
     overlaps: bool = False,
     num_early: int = 0,
     implementation: str | None = None,
-) -> tuple[Float[Array, "*rows D"], list[Float[Array, "*rows D"]], Int[Array, "1"]]:
+) -> tuple[Float[Array, "*rows D"], list[Float[Array, "*rows D"]], Int[Array, " M"]]:
     """What a layer's output projections add to the residual, and the layer norms that the next stage reads.
 
     Args:
       xs, weights: one or several inputs [..., I] with their weights [I, D], or QuantizedWeights; all of one form.
       norms: scale and shift [D] of each norm, one or more.
       biases: as many as `xs`, or none.
-      counter: what the call before returned, or None for the first of a chain: where blocks of the kernel meet. Calls
-        of one program hand it on: two that run at the same time could keep each other's blocks from the GPU for ever.
+      meeting: what the call before returned, for as many rows and outputs; `new_meeting`'s or None for the first of a
+        chain. The array through which blocks of the kernel meet. Calls of one program hand it on: two that run at the
+        same time could keep each other's blocks from the GPU for ever.
       mesh, are_split: None, or a mesh, and for each x whether it and its weight's inputs lie over the mesh's tensor
         axis. Each device adds up its part, rounded to x's dtype; the sum over the axis, residual and norms follow.
       overlaps: lets the launch after this one begin, and this one begin, while the launch before still runs (CUDA's
@@ -56,46 +57,50 @@ def attention_norm(
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:
-      The new residual, a normalized copy for each norm, in the residual's dtype; and the counter for the next call.
+      The new residual, a normalized copy for each norm, in the residual's dtype; and `meeting` for the next call.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown `implementation`.
       NotImplementedError: the named implementation cannot take these arguments.
     """
     products = checked_products(xs, weights, biases, residual, norms)
-    if counter is None:
-        counter = jnp.zeros(1, jnp.int32)
+    D = residual.shape[-1]
+    if meeting is None:
+        meeting = new_meeting(products[0].num_rows, D)
+    elif meeting.size < (needed := meeting_size(products[0].num_rows, D)):
+        raise ValueError(
+            f"attention_norm: `meeting` holds {meeting.size} numbers; so many rows and outputs take {needed}"
+        )
     if size_of(mesh) > 1:
         options = {"overlaps": overlaps, "implementation": implementation}
         add = functools.partial(_add, num_outputs=residual.shape[-1], **options)
         made = attention_norm_over(mesh, xs, weights, are_split, residual, norms, biases, epsilon, add)
-        return *made, counter
+        return *made, meeting
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(weights[0]), candidates)
     if dispatch.choose("attention_norm", implementation, candidates) == "xla":
-        return *attention_norm_xla(xs, weights, biases, residual, norms, epsilon), counter
+        return *attention_norm_xla(xs, weights, biases, residual, norms, epsilon), meeting
 
-    D = residual.shape[-1]
     if products[0].num_rows > MAX_ROWS:
         from pallas_kernels.attention_norm.wide import attention_norm_wide
 
         rows = [x.reshape(-1, x.shape[-1]) for x in xs]
-        out, normed, counter = attention_norm_wide(
-            rows, weights, biases, residual.reshape(-1, D), norms, counter, epsilon=epsilon
+        out, normed, meeting = attention_norm_wide(
+            rows, weights, biases, residual.reshape(-1, D), norms, meeting, epsilon=epsilon
         )
-        return out.reshape(residual.shape), [x.reshape(residual.shape) for x in normed], counter
+        return out.reshape(residual.shape), [x.reshape(residual.shape) for x in normed], meeting
 
     from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
 
-    out, normed, counter = attention_norm_mosaic(
-        [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, counter,
+    out, normed, meeting = attention_norm_mosaic(
+        [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, meeting,
         epsilon=epsilon, overlaps=overlaps, num_early=num_early,
     )  # fmt: skip
 
     def back(x: Array) -> Array:
         return x[: products[0].num_rows].reshape(residual.shape)
 
-    return back(out), [back(x) for x in normed], counter
+    return back(out), [back(x) for x in normed], meeting
 
 
 def _add(

@@ -2,11 +2,11 @@
 
 Streams of weights (quantized_matmul/stream.py) make tiles of 64 outputs of all rows. A norm needs the mean and the
 variance of whole rows, so blocks meet once: each publishes, for its tile, every row's mean and the sum of squared
-distances from that, waits until all have, and puts them together in the same order as everybody else. Then it
-normalizes its own tile, which it has kept in shared memory.
+distances from that (moments.py), reads those of all, and puts them together in the same order as everybody else. Then
+it normalizes its own tile, which it has kept in shared memory.
 
 All blocks must run at once. So there are at most as many as fit the GPU, and two launches never overlap: each takes
-the counter at which its blocks meet (hopper.py) from the launch before.
+the array through which its blocks meet from the launch before.
 
 Without norms (`add_mosaic`) there is nothing to meet for.
 
@@ -30,7 +30,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import fence_memory, meet, store
+from pallas_kernels.attention_norm.meeting import padded_tiles
+from pallas_kernels.attention_norm.moments import count_of_launches, end_launch, publish, read
+from pallas_kernels.hopper import fence_memory, store, wait_until_results_have_left
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
 from pallas_kernels.quantized_matmul.plan import Launch, Plan, output_launch
@@ -45,16 +47,17 @@ def attention_norm_mosaic(
     biases: Sequence[Float[Array, " D"]],
     residual: Float[Array, "R D"],
     norms: Sequence[tuple[Float[Array, " D"], Float[Array, " D"]]],
-    counter: Int[Array, "1"],
+    meeting: Int[Array, " M"],
     *,
     epsilon: float,
     overlaps: bool = False,
     num_early: int = 0,
     plan: Plan | None = None,
-) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, "1"]]:
-    """`attention_norm` by the kernel, for rows that are a multiple of 8, and the counter for the next launch."""
+) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, " M"]]:
+    """`attention_norm` by the kernel, for rows that are a multiple of 8, and the array `meeting` for the next
+    launch."""
     return _launch(
-        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], counter,
+        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting,
         shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon,
         overlaps=overlaps, num_early=num_early, plan=plan,
         num_sms=compat.num_sms(), interpretable=compat.interpreting(),
@@ -86,13 +89,13 @@ def add_mosaic(
     jax.jit, static_argnames=("shape", "epsilon", "overlaps", "num_early", "plan", "num_sms", "interpretable")
 )
 def _launch(
-    xs, weights, biases, residual, norms, counter,
+    xs, weights, biases, residual, norms, meeting,
     *, shape: jax.ShapeDtypeStruct, epsilon: float, overlaps: bool, num_early: int,
     plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
     num_rows, width = shape.shape
     launch = output_launch(weights, width, num_rows, len(norms), num_sms, plan)
-    plan, num_tiles, num_blocks = launch.plan, launch.num_tiles, launch.num_blocks
+    plan, num_blocks = launch.plan, launch.num_blocks
     settings = _Settings(launch, num_rows, width, len(norms), len(biases), residual is not None, epsilon, interpretable)
     inputs = {
         "xs": list(xs),
@@ -101,10 +104,10 @@ def _launch(
         "residual": residual,
     }
     if norms and not interpretable:
-        inputs["counter"] = jax.new_ref(counter)
+        inputs["meeting"] = jax.new_ref(meeting)
     outputs: dict[str, Any] = {"out": shape, "normed": [shape] * len(norms)}
-    if norms:
-        outputs["moments"] = jax.ShapeDtypeStruct((2, num_rows, -(-num_tiles // TILE) * TILE), jnp.float32)
+    if norms and interpretable:
+        outputs["moments"] = jax.ShapeDtypeStruct((2, num_rows, padded_tiles(width)), jnp.float32)
     if plan.splits > 1:
         outputs["partial"] = jax.ShapeDtypeStruct((num_blocks, plan.width, plan.splits, num_rows, TILE), jnp.float32)
     given, treedef = jax.tree.flatten(inputs)
@@ -134,7 +137,7 @@ def _launch(
         smem["columns"] = tile((plan.width, len(inputs["columns"]), TILE))
     if num_fetched := settings.has_residual + len(inputs["columns"]):
         smem["ready"] = plgpu.Barrier(num_arrivals=plan.width * num_fetched)
-    if interpretable:  # where blocks cannot meet at a counter
+    if interpretable:  # where blocks cannot meet in device memory
         smem["met"] = plgpu.ClusterBarrier(collective_axes=("block", "split"), num_arrivals=1)
         blocks = {"cluster": (num_blocks, plan.splits), "cluster_names": ("block", "split")}
     else:
@@ -153,9 +156,9 @@ def _launch(
         **blocks,
     )(*given)
     results = made_treedef.unflatten(results)
-    if "counter" in inputs:
-        counter = jax.freeze(inputs["counter"])
-    return results["out"], results["normed"], counter
+    if "meeting" in inputs:
+        meeting = jax.freeze(inputs["meeting"])
+    return results["out"], results["normed"], meeting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +199,16 @@ class _Block:
 
     def run(self) -> None:
         self.stream.begin()
+        if self.meets_in_memory and not self.stream.num_early:  # else the launch before may not have ended
+            self.launch_number = count_of_launches(self.arrays["meeting"]) + 1
         is_last = (self.warpgroup == 0) & (self.split == 0)
         if "ready" in self.smem:
             pl.when(is_last)(self.fetch_rest)
 
-        for i, partial in enumerate(self.stream.sums(jnp.int32(0))):
+        sums = self.stream.sums(jnp.int32(0))
+        if self.meets_in_memory and self.stream.num_early:
+            self.launch_number = count_of_launches(self.arrays["meeting"]) + 1
+        for i, partial in enumerate(sums):
             self.stream.gather(i, partial)
             if self.settings.plan.splits > 1:
                 pl.when(self.warpgroup == 0)(functools.partial(self.share_out, i))
@@ -209,7 +217,11 @@ class _Block:
         if self.settings.num_norms:
             pl.when(self.warpgroup == 0)(self.meet_and_normalize)
         else:
-            pl.when(is_last)(functools.partial(plgpu.wait_smem_to_gmem, 0))
+            pl.when(is_last)(wait_until_results_have_left)
+
+    @property
+    def meets_in_memory(self) -> bool:
+        return self.settings.num_norms > 0 and not self.settings.interpretable
 
     def tile(self, i: int) -> Any:
         return self.stream.tile(jnp.int32(0), i)
@@ -262,32 +274,40 @@ class _Block:
         y = y.astype(jnp.float32)
         mean = y.sum(axis=1) * (1.0 / TILE)
         distance = y - _over_outputs(mean, y.shape)
-        store(self.arrays["moments"].at[0, :, self.tile(i)], mean)
-        store(self.arrays["moments"].at[1, :, self.tile(i)], (distance * distance).sum(axis=1))
+        squares = (distance * distance).sum(axis=1)
+        if self.meets_in_memory:
+            number, width = self.launch_number, settings.width
+            publish(self.arrays["meeting"], mean, squares, tile=self.tile(i), width=width, launch=number)
+        else:
+            store(self.arrays["moments"].at[0, :, self.tile(i)], mean)
+            store(self.arrays["moments"].at[1, :, self.tile(i)], squares)
 
     def meet_and_normalize(self) -> None:
         settings = self.settings
         if settings.interpretable:
             plgpu.barrier_arrive(self.smem["met"])
             plgpu.barrier_wait(self.smem["met"])
-        else:
-            count = settings.launch.num_blocks
-            pl.when(self.split == 0)(lambda: meet(self.arrays["counter"], 0, self.block, count))
 
         @pl.when(self.split == 0)
         def _normalize():
             for first in range(0, settings.num_rows, 8):
                 rows = pl.ds(first, 8)
-                mean, inverse = self.moments_of_rows(rows)
+                mean, inverse = self.moments_of_rows(first)
                 for i in range(settings.plan.width):
                     exists = self.tile(i) < settings.num_tiles
                     pl.when(exists)(functools.partial(self.normalize, i, rows, mean, inverse))
-            plgpu.wait_smem_to_gmem(0)
+            if self.meets_in_memory:
+                pl.when(self.block == 0)(lambda: end_launch(self.arrays["meeting"], self.launch_number))
+            wait_until_results_have_left()
 
-    def moments_of_rows(self, rows: Any) -> tuple[Any, Any]:
+    def moments_of_rows(self, first_row: int) -> tuple[Any, Any]:
         """Mean of 8 rows, and the inverse of their standard deviation."""
         settings = self.settings
-        means, squares = (_load(self.arrays["moments"].at[i, rows], ROWS) for i in range(2))
+        if self.meets_in_memory:
+            meeting, number = self.arrays["meeting"], self.launch_number
+            means, squares = read(meeting, first_row, width=settings.width, launch=number)
+        else:
+            means, squares = (_load(self.arrays["moments"].at[i, pl.ds(first_row, 8)], ROWS) for i in range(2))
         tile = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, means.shape, 1), ROWS)
         exists = tile < settings.num_tiles
         mean = jnp.where(exists, means, 0.0).sum(axis=1) * (1.0 / settings.num_tiles)

@@ -4,8 +4,8 @@ Blocks make tiles of the new residual (quantized_matmul/wide_tiles.py) until all
 their warpgroups share out the rows, four at a time, a warp each, which it reads out of the GPU's cache: once for the
 mean, once for the variance, once to normalize.
 
-All blocks must run at once: there are at most as many as the GPU has multiprocessors. How they meet, and why the
-counter goes from launch to launch, is said in mosaic.py.
+All blocks must run at once: there are at most as many as the GPU has multiprocessors. They meet at
+a counter (hopper.py), the first element of the array `meeting`, which goes from launch to launch as in mosaic.py.
 """
 
 import dataclasses
@@ -40,12 +40,12 @@ def attention_norm_wide(
     biases: Sequence[Float[Array, " D"]],
     residual: Float[Array, "R D"],
     norms: Sequence[tuple[Float[Array, " D"], Float[Array, " D"]]],
-    counter: Int[Array, "1"],
+    meeting: Int[Array, " M"],
     *,
     epsilon: float,
     plan: WidePlan | None = None,
-) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, "1"]]:
-    """`attention_norm` by the kernel for many rows, and the counter for the next launch.
+) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, " M"]]:
+    """`attention_norm` by the kernel for many rows, and the array `meeting` for the next launch.
 
     Args:
       xs, weights: each [R, I] in bfloat16 with a weight [I, D], all of one form; I and D are multiples of 64. Where R
@@ -60,18 +60,18 @@ def attention_norm_wide(
     if plan is None:
         plan = default_plan(form, num_rows, [residual.shape[1]], 1 if interpretable else num_sms)
     plan.check(form)
-    out, normed, counter = _launch(
-        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], counter,
+    out, normed, meeting = _launch(
+        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting,
         epsilon=epsilon, plan=plan, num_sms=num_sms, interpretable=interpretable,
     )  # fmt: skip
     if num_rows % 8:
         out, normed = out[:num_rows], [y[:num_rows] for y in normed]
-    return out, normed, counter
+    return out, normed, meeting
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "plan", "num_sms", "interpretable"))
 def _launch(
-    xs, weights, biases, residual, norms, counter, *, epsilon: float, plan: WidePlan, num_sms: int, interpretable: bool
+    xs, weights, biases, residual, norms, meeting, *, epsilon: float, plan: WidePlan, num_sms: int, interpretable: bool
 ):
     inputs = {
         "xs": [in_eights(x) for x in xs],
@@ -84,7 +84,7 @@ def _launch(
     form, num_inputs = form_of(weights[0]), tuple(x.shape[1] for x in xs)
     launch = WideLaunch(form, num_rows, num_inputs, (width,), plan, num_sms)
     if not interpretable:
-        inputs["counter"] = jax.new_ref(counter)
+        inputs["meeting"] = jax.new_ref(meeting)
     rows = jax.ShapeDtypeStruct((num_rows, width), residual.dtype)
     given, treedef = jax.tree.flatten(inputs)
     made, made_treedef = jax.tree.flatten({"out": rows, "normed": [rows] * len(norms)})
@@ -120,8 +120,8 @@ def _launch(
     )(*given)
     results = made_treedef.unflatten(results)
     if not interpretable:
-        counter = jax.freeze(inputs["counter"])
-    return results["out"], results["normed"], counter
+        meeting = jax.freeze(inputs["meeting"])
+    return results["out"], results["normed"], meeting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Warpgroup:
             plgpu.barrier_arrive(self.smem["met"])
             plgpu.barrier_wait(self.smem["met"])
         else:
-            meet(self.arrays["counter"], 0, self.index, self.count)
+            meet(self.arrays["meeting"], 0, self.index, self.count)
         groups = self.num_rows // ROWS_AT_ONCE
         num_turns = lax.div(jnp.int32(groups - 1 + self.count) - self.index, jnp.int32(self.count))
 

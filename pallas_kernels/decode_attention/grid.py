@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.plan import Plan, Shape
 from pallas_kernels.flash_attention.reference import MASKED
-from pallas_kernels.hopper import filled, meet, store
+from pallas_kernels.hopper import filled, meet, store, wait_until_results_have_left
 
 # Several results [results, 8 heads, some of H]: a warp takes every fourth, a thread two numbers of a head.
 PARTIALS = plgpu.Layout.TILED(plgpu.Tiling(((4, 8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
@@ -148,4 +148,4 @@ class _Combination:
 
         num_units = head_units * (self.shape.H // rows)
         lax.fori_loop(0, pl.cdiv(num_units - self.split, num_workers), combine_unit, None)
-        plgpu.wait_smem_to_gmem(0)
+        wait_until_results_have_left()

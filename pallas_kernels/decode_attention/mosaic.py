@@ -36,7 +36,15 @@ from pallas_kernels.decode_attention.cluster import MATRIX, PER_HEAD
 from pallas_kernels.decode_attention.plan import MAX_HEADS, REDUCTION_BYTES, Plan, Shape, default_plan
 from pallas_kernels.decode_attention.reference import PAGE
 from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
-from pallas_kernels.hopper import LOG2E, filled, let_next_launch_begin, rounded, tiled, wait_for_launch_before
+from pallas_kernels.hopper import (
+    LOG2E,
+    filled,
+    let_next_launch_begin,
+    rounded,
+    tiled,
+    wait_for_launch_before,
+    wait_until_results_have_left,
+)
 
 # Registers of one value a key: a row of the scores.
 PER_KEY = MATRIX.reduce(1)
@@ -422,7 +430,7 @@ class _Warpgroup:
             out_smem.at[:, 0].transpose((1, 0))[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out)
-        plgpu.wait_smem_to_gmem(0)
+        wait_until_results_have_left()
 
     def combine_in_cluster(self, exchange: cluster.Exchange, sums: Any, maxima: Any, totals: Any) -> None:
         """Combines results through the shared memory of the blocks: within each, then among them."""

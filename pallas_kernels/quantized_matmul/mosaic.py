@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import LOG2E, rounded, store
+from pallas_kernels.hopper import LOG2E, rounded, store, wait_until_results_have_left
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch
 from pallas_kernels.quantized_matmul.product import Product
@@ -125,7 +125,7 @@ class _Epilogue:
             return carry
 
         lax.fori_loop(0, stream.num_turns, take_turn, None)
-        plgpu.wait_smem_to_gmem(0)
+        wait_until_results_have_left()
 
     def _finish(self, stream: Stream, number: Any, first: Any, k: int) -> None:
         """Adds up what all warpgroups have left of a tile, product k's outputs from `first`, and sends it off."""

@@ -23,14 +23,14 @@ def call(monkeypatch, capfd, tmp_path):
 
 def test_a_run_ends_with_a_document_of_all_cases(call, tmp_path):
     code, out, err = call(
-        *("--models", "falcon-nano", "--weights", "native", "--rows", "1", "2", "--context", "40"),
+        *("--models", "falcon-nano", "--num-layers", "3", "--weights", "native", "--rows", "1", "2", "--context", "40"),
         *("--trace", str(tmp_path / "trace"), "--save", "steps"),
     )
     assert code == 0, err
     *printed, last = out.splitlines()
     document = json.loads(last)
     assert document == json.loads((tmp_path / "steps.json").read_text())
-    assert [case["num_rows"] for case in document["cases"]] == [1, 2]
+    assert [(case["num_rows"], case["num_layers"]) for case in document["cases"]] == [(1, 3), (2, 3)]
     for case in document["cases"]:
         assert case["ms_per_step"] > 0 and case["share_of_read_limit"] > 0
         assert case["decode_tokens_per_s"] == pytest.approx(1e3 * case["num_rows"] / case["ms_per_step"])

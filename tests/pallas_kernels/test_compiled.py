@@ -15,7 +15,7 @@ from falcon_jax.model import params as model_params
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.step import ForwardOptions
 from pallas_kernels import compat, shapes
-from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.mosaic import add_mosaic
 from pallas_kernels.decode_attention import decode_attention, decode_attention_in_chain
 from pallas_kernels.decode_attention.mosaic import decode_mosaic
@@ -388,7 +388,7 @@ def test_stages_of_a_layer_are_one_launch_each_without_spills(compiler, name, fo
     assert report.launches == ("mosaic_gpu_v2",) and report.temp_bytes <= SLACK_BYTES
 
     weights = [few_bits(form, heads[0], width), few_bits(form, mlp_width, width)]
-    column, counter = array((width,), "bfloat16"), array((1,), "int32")
+    column, meeting = array((width,), "bfloat16"), jax.eval_shape(lambda: new_meeting(num_rows, width))
     report = compiler.compile(
         attention_norm,
         [array((num_rows, heads[0]), "bfloat16"), hidden],
@@ -396,12 +396,12 @@ def test_stages_of_a_layer_are_one_launch_each_without_spills(compiler, name, fo
         x,
         [(column, column)],
         epsilon=1e-5,
-        counter=counter,
+        meeting=meeting,
     )
     require_no_problems(report)
-    # The counter is the caller's, who keeps it here, and so is copied.
+    # What blocks meet through is the caller's, who keeps it here, and so is copied.
     assert report.launches == ("copy", "mosaic_gpu_v2")
-    # Parts of sums of blocks that share out a tile, and two numbers a row and tile.
+    # Parts of sums of blocks that share out a tile, and the copy.
     assert report.temp_bytes <= 4 * num_rows * width * 4 + SLACK_BYTES * num_rows
     require_that_all_blocks_run_at_once(report.kernels[0])
 
@@ -433,7 +433,7 @@ def test_all_blocks_of_narrow_output_stages_run_at_once(compiler, width, form, n
         array((num_rows, width), "bfloat16"),
         [(array((width,), "bfloat16"), array((width,), "bfloat16"))],
         epsilon=1e-5,
-        counter=array((1,), "int32"),
+        meeting=jax.eval_shape(lambda: new_meeting(num_rows, width)),
     )
     require_no_problems(report)
     require_that_all_blocks_run_at_once(report.kernels[0])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, shapes
-from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.mosaic import add_mosaic
 from pallas_kernels.attention_norm.reference import add_xla, attention_norm_reference
 from pallas_kernels.decode_attention import decode_attention, decode_attention_in_chain, mosaic
@@ -19,6 +19,7 @@ from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.quantized_matmul import Product, project, quantize
 from tests.pallas_kernels.packing import starts_of
+from tests.pallas_kernels.stage_cases import input_stage, product_reference
 from tests.pallas_kernels.tolerance import allowed, error, require_close
 
 # Queries of which the reference is made: all of a long prompt's would need an array of scores.
@@ -301,14 +302,14 @@ def test_ten_thousand_output_stages_give_the_same_bits(width, heads, mlp_width, 
     @jax.jit
     def repeat(xs, weights, residual, norms):
         stage = functools.partial(attention_norm, xs, weights, residual, norms, epsilon=1e-5, implementation="mosaic")
-        first, (first_normed,), counter = stage()
+        first, (first_normed,), meeting = stage()
 
         def again(_, carry):
-            num_wrong, counter = carry
-            out, (normed,), counter = stage(counter=counter)
-            return num_wrong + (jnp.any(out != first) | jnp.any(normed != first_normed)), counter
+            num_wrong, meeting = carry
+            out, (normed,), meeting = stage(meeting=meeting)
+            return num_wrong + (jnp.any(out != first) | jnp.any(normed != first_normed)), meeting
 
-        num_wrong, _ = jax.lax.fori_loop(0, 10_000, again, (jnp.int32(0), counter))
+        num_wrong, _ = jax.lax.fori_loop(0, 10_000, again, (jnp.int32(0), meeting))
         return first, first_normed, num_wrong
 
     out, normed, num_wrong = repeat(xs, weights, residual, norms)
@@ -352,17 +353,17 @@ def test_launches_that_overlap_give_the_same_bits(width, mlp_width, form):
     @functools.partial(jax.jit, static_argnames="overlaps", compiler_options={"xla_gpu_enable_command_buffer": ""})
     def chain(x, up, down, norm, *, overlaps: bool):
         def layer(_, carry):
-            residual, normed, counter = carry
+            residual, normed, meeting = carry
             (hidden,) = project(
                 [Product(normed, up, mlp_width, None, "gelu")], overlaps=overlaps, implementation="mosaic"
             )
-            residual, (normed,), counter = attention_norm(
+            residual, (normed,), meeting = attention_norm(
                 [hidden], [down], residual, [norm],
-                epsilon=1e-5, counter=counter, overlaps=overlaps, implementation="mosaic",
+                epsilon=1e-5, meeting=meeting, overlaps=overlaps, implementation="mosaic",
             )  # fmt: skip
-            return residual, normed, counter
+            return residual, normed, meeting
 
-        carry = x, x, jnp.zeros(1, jnp.int32)
+        carry = x, x, new_meeting(8, width)
         for _ in range(8):
             carry = layer(0, carry)
         return jax.lax.fori_loop(0, 1000, layer, carry)[:2]
@@ -370,3 +371,19 @@ def test_launches_that_overlap_give_the_same_bits(width, mlp_width, form):
     arguments = x, weight(1, width, mlp_width), weight(2, mlp_width, width), norm
     for alone, overlapping in zip(chain(*arguments, overlaps=False), chain(*arguments, overlaps=True)):
         np.testing.assert_array_equal(alone, overlapping)
+
+
+# Stages of many rows
+
+
+@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("num_inputs", "outputs"), [(4544, (4544, 64, 64, 18176)), (384, (384, 64, 64, 1536)), (256, (320, 192))], ids=str
+)
+def test_products_of_any_number_of_outputs_and_their_bits(num_inputs, outputs, form):
+    products = input_stage(form, num_inputs, outputs, 200)
+    made, again = (project(products, implementation="mosaic") for _ in range(2))
+    plain = project(products, implementation="xla")
+    for some, same, other, product in zip(made, again, plain, products, strict=True):
+        np.testing.assert_array_equal(some, same)
+        require_close(some, other, product_reference(product))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.api import checked_products
 from pallas_kernels.attention_norm.mosaic import add_mosaic, attention_norm_mosaic
 from pallas_kernels.attention_norm.reference import add_xla, attention_norm_reference, attention_norm_xla
@@ -65,7 +65,7 @@ def test_output_stage(monkeypatch, form, sizes, width, num_rows, num_norms, num_
     norms = [(normal(40 + i, width), normal(50 + i, width)) for i in range(num_norms)]
     with interpreted():
         out, normed, _ = attention_norm_mosaic(
-            xs, weights, biases, residual, norms, jnp.zeros(1, jnp.int32), epsilon=1e-5, plan=plan
+            xs, weights, biases, residual, norms, new_meeting(num_rows, width), epsilon=1e-5, plan=plan
         )
         jax.block_until_ready(normed)
     arguments = (xs, weights, biases, residual, norms, 1e-5)
@@ -174,6 +174,8 @@ def test_what_does_not_fit_is_refused():
         call([norm], implementation="mosaic")
     with pytest.raises(ValueError, match="at least one norm"):
         call([])
+    with pytest.raises(ValueError, match="`meeting` holds 2051 numbers; so many rows and outputs take 2052"):
+        call([norm], meeting=new_meeting(8, 64)[:-1])
     for changes, message in [
         ({"weights": [normal(1, 128, 128)]}, r"a weight \(128, 128\) does not fit x \(8, 128\) and 64 outputs"),
         ({"weights": [quantize(normal(1, 300, 64), "int4")]}, "int4 values"),

@@ -2,8 +2,10 @@
 
 import re
 
+import jax
 import pytest
 
+from pallas_kernels.attention_norm import new_meeting
 from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
 from pallas_kernels.decode_attention.mosaic import decode_mosaic
 from pallas_kernels.quantized_matmul import Product
@@ -23,8 +25,8 @@ def input_stage(form: str, num_rows: int = 8) -> list[Product]:
 def output_stage(form: str, num_rows: int = 8) -> tuple:
     column = array((WIDTH,), "bfloat16")
     x, weight = array((num_rows, MLP_WIDTH), "bfloat16"), few_bits(form, MLP_WIDTH, WIDTH)
-    residual, counter = array((num_rows, WIDTH), "bfloat16"), array((1,), "int32")
-    return [x], [weight], [], residual, [(column, column)], counter
+    residual, meeting = array((num_rows, WIDTH), "bfloat16"), jax.eval_shape(lambda: new_meeting(num_rows, WIDTH))
+    return [x], [weight], [], residual, [(column, column)], meeting
 
 
 def events(ptx: str) -> list[str]:
@@ -63,9 +65,9 @@ def test_decoding_that_overlaps_waits_before_it_reads_anything(compiler):
 @pytest.mark.parametrize("form", ["int4", *thorough(["native", "int8"])])
 def test_an_output_stage_makes_products_of_what_is_there_early_before_it_waits(compiler, form):
     x, attended = array((8, MLP_WIDTH), "bfloat16"), array((8, WIDTH), "bfloat16")
-    _, [weight], biases, residual, norms, counter = output_stage(form)
+    _, [weight], biases, residual, norms, meeting = output_stage(form)
     weights = [weight, few_bits(form, WIDTH, WIDTH)]
-    arguments = [x, attended], weights, biases, residual, norms, counter
+    arguments = [x, attended], weights, biases, residual, norms, meeting
     late, early = (
         compiler.compile(
             attention_norm_mosaic, *arguments, epsilon=1e-5, overlaps=True, num_early=num_early, dump=["ptx"]

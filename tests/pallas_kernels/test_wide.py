@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import compat
+from pallas_kernels.attention_norm import new_meeting
 from pallas_kernels.attention_norm.reference import attention_norm_reference, attention_norm_xla
 from pallas_kernels.attention_norm.wide import attention_norm_wide
 from pallas_kernels.quantized_matmul import Product, project, storage
@@ -65,7 +66,7 @@ def test_output_stage(form, sizes, width, num_rows, num_norms, num_biases, plan)
     norms = [(normal(40 + i, width), normal(50 + i, width)) for i in range(num_norms)]
     with interpreted():
         out, normed, _ = attention_norm_wide(
-            xs, weights, biases, residual, norms, jnp.zeros(1, jnp.int32), epsilon=1e-5, plan=plan
+            xs, weights, biases, residual, norms, new_meeting(num_rows, width), epsilon=1e-5, plan=plan
         )
         jax.block_until_ready(normed)
     plain_out, plain_normed = attention_norm_xla(xs, weights, biases, residual, norms, 1e-5)
@@ -86,7 +87,7 @@ def test_default_plans_of_both_stages_are_interpreted_too():
     with interpreted():
         [made] = jax.block_until_ready(project_wide([Product(x, w, 128)]))
         out, normed, _ = attention_norm_wide(
-            [x], [w], [], normal(3, 65, 128), [(column, column)], jnp.zeros(1, jnp.int32), epsilon=1e-5
+            [x], [w], [], normal(3, 65, 128), [(column, column)], new_meeting(65, 128), epsilon=1e-5
         )
         jax.block_until_ready(normed)
     assert made.shape == out.shape == normed[0].shape == (65, 128)
@@ -173,12 +174,12 @@ def test_stages_are_one_launch_each_without_spills(compiler, model, form, num_ro
         [array(width)] * (2 * has_biases),
         x,
         [(array(width), array(width))] * num_norms,
-        array(1, dtype="int32"),
+        array(4, dtype="int32"),
         epsilon=1e-5,
         plan=plan,
     )
     require_no_problems(report)
-    # The counter is the caller's, who keeps it here, and so is copied.
+    # What blocks meet through is the caller's, who keeps it here, and so is copied.
     assert report.launches == ("copy", "mosaic_gpu_v2")
     assert report.kernels[0].num_blocks <= compat.NUM_SMS, "all of them run at once"
 

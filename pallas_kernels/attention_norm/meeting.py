@@ -1,0 +1,31 @@
+"""The array through which blocks of an output stage's kernel meet, and which its launches hand on: int32.
+
+    [0]                                        what counts the launches; with many rows, the blocks that have come
+    [4 + 4 (row P + place) + (0, 1, 2, 3)]     with few rows: a tile's mean, launch, squares, launch (moments.py)
+
+Tiles are 64 outputs, P of them in a row, filled up to a multiple of 64. Of each 64 every fourth lies side by side,
+place 16 (tile % 4) + tile / 4: a thread has four neighbours, and asks for one of them at the same time as others do.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.product import MAX_ROWS
+
+HEADER = 4  # int32 before the first tile's, which keeps them where 16 bytes begin
+
+
+def padded_tiles(width: int) -> int:
+    """P: a warpgroup has 64 of them side by side."""
+    return -(-width // TILE // TILE) * TILE
+
+
+def meeting_size(num_rows: int, width: int) -> int:
+    """How many int32 launches of so many rows and outputs take."""
+    return HEADER if num_rows > MAX_ROWS else HEADER + 4 * (num_rows + -num_rows % 8) * padded_tiles(width)
+
+
+def new_meeting(num_rows: int, width: int) -> jax.Array:
+    """For the first launch of a chain."""
+    return jnp.zeros(meeting_size(num_rows, width), jnp.int32)
