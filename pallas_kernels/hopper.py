@@ -17,7 +17,20 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
+
+from pallas_kernels.instructions import (
+    REF,
+    SCALAR,
+    device_address,
+    do,
+    inlined,
+    integer,
+    is_first_thread,
+    multiply,
+    number,
+    scalar,
+)
 
 LOG2E = math.log2(math.e)  # exponentials are base 2
 Accumulator = plgpu.WGMMAAccumulatorRef
@@ -66,9 +79,9 @@ def wait_until_results_have_left() -> None:
 def fence_memory() -> None:
     """Makes what was written before visible to the whole GPU before anything that comes after."""
 
-    @plgpu.inline_mgpu()
+    @inlined()
     def emit(_: Any = None):
-        mgpu.utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+        do("fence.acq_rel.gpu;")
 
     emit()
 
@@ -85,17 +98,13 @@ def meet(counters: Any, index: Any, number: Any, count: Any, *, waits: bool = Tr
       waits: False returns at once, for one that has nothing to read.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 3))
+    @inlined(REF, SCALAR, SCALAR, SCALAR)
     def emit(_, counters, *numbers):
-        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-        index, number, count = (x.registers.item() for x in numbers)
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, number, mgpu.c(0, i32))
-        increment = arith.select(is_first, arith.subi(mgpu.c(1 - 2**31, i32), count), mgpu.c(1, i32))
+        index, number, count = map(scalar, numbers)
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, number, integer(0))
+        increment = arith.select(is_first, arith.subi(integer(1 - 2**31), count), integer(1))
         mgpu.warpgroup_barrier()
-        thread = arith.remui(mgpu.thread_idx(), mgpu.c(128, i32))
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, mgpu.c(0, i32))):
-            offset = arith.extui(i64, arith.muli(index, mgpu.c(4, i32)))
-            address = arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(counters)), offset)
+        with mgpu.utils.when(is_first_thread()):
             wait = """again:
                 ld.acquire.gpu.global.u32 now, [$0];
                 xor.b32 now, now, before;
@@ -109,11 +118,11 @@ def meet(counters: Any, index: Any, number: Any, count: Any, *, waits: bool = Tr
                 atom.add.acq_rel.gpu.global.u32 before, [$0], $1;
                 %s
             }""" % (wait if waits else "")
-            mgpu.utils.inline_ptx(ptx, address, increment, has_side_effects=True)
+            do(ptx, device_address(counters, index, 4), increment)
         mgpu.warpgroup_barrier()
 
     numbers = (jnp.int32(x) for x in (index, number, count))
-    emit(counters, *numbers)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
+    emit(counters, *numbers)
 
 
 def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Any:
@@ -128,8 +137,7 @@ def rounded(x: Any, dtype: DTypeLike) -> Any:
 
 def first_column() -> ir.Value:
     """The first of a thread's columns: 0, 2, 4 or 6; int32. For use in `inline_mgpu`, as the rest below."""
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.muli(arith.remui(mgpu.thread_idx(), mgpu.c(4, i32)), mgpu.c(2, i32))
+    return multiply(arith.remui(mgpu.thread_idx(), integer(4)), 2)
 
 
 def emit_by_column(shape: tuple[int, int], emit: Callable[[tuple[int, ...], int, int], ir.Value]) -> Any:
@@ -163,19 +171,17 @@ def hide_columns(x: jax.Array, first_seen: jax.Array, value: float, *, interpret
     if interpretable:
         return jnp.where(jnp.arange(columns, dtype=jnp.int32)[None, :] >= first_seen[:, None], x, value)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)),
-        return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
+    made = plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=plgpu.Layout.WGMMA)
+
+    @inlined(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), return_type=made)
     def hide(_, x, first_seen):
-        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
         first_seen, lane = over_columns(first_seen, (rows, columns)), first_column()
 
         def emit(register, element, column):
             first = arith.subi(element_of(first_seen, register, element), lane)
-            seen = arith.cmpi(arith.CmpIPredicate.sle, first, mgpu.c(column, i32))
-            return arith.select(seen, element_of(x, register, element), mgpu.c(value, f32))
+            seen = arith.cmpi(arith.CmpIPredicate.sle, first, integer(column))
+            return arith.select(seen, element_of(x, register, element), number(value))
 
         return emit_by_column((rows, columns), emit)
 
-    return hide(x, first_seen)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
+    return hide(x, first_seen)

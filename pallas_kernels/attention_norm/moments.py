@@ -17,9 +17,24 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.attention_norm.meeting import HEADER, padded_tiles
+from pallas_kernels.instructions import (
+    REF,
+    SCALAR,
+    add,
+    device_address,
+    do,
+    element,
+    inlined,
+    integer,
+    is_first_thread,
+    make,
+    multiply,
+    own_thread,
+    scalar,
+)
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.stream import ROWS
 
@@ -36,23 +51,23 @@ def publish(meeting: Any, mean: Any, squares: Any, *, tile: Any, width: int, lau
     """Writes those of a tile's rows, float32 [R] in the layout of ROWS' rows."""
     row_ints = 4 * padded_tiles(width)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _PER_ROW, _PER_ROW, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    @inlined(REF, _PER_ROW, _PER_ROW, SCALAR, SCALAR)
     def emit(_, meeting, mean, squares, tile, launch):
-        tile, launch = (x.registers.item() for x in (tile, launch))
+        tile, launch = scalar(tile), scalar(launch)
         row, column = _own()
-        start = _add(_multiply(row, row_ints), _multiply(_place_of(tile), 4), HEADER)
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, _int(0))):
+        start = add(multiply(row, row_ints), multiply(_place_of(tile), 4), HEADER)
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, integer(0))):
             for i, numbers in enumerate(zip(mean.registers.flat, squares.registers.flat, strict=True)):
-                address = _address(meeting, _add(start, 8 * i * row_ints))
+                address = device_address(meeting, add(start, 8 * i * row_ints), 4)
                 ptx = """{
                     .reg .b64 first, second;
                     mov.b64 first, {$1, $3};
                     mov.b64 second, {$2, $3};
                     st.relaxed.gpu.global.v2.b64 [$0], {first, second};
                 }"""
-                mgpu.utils.inline_ptx(ptx, address, *map(_scalar, numbers), launch, has_side_effects=True)
+                do(ptx, address, *(element(register, 0) for register in numbers), launch)
 
-    emit(meeting, mean, squares, jnp.int32(tile), launch)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
+    emit(meeting, mean, squares, jnp.int32(tile), launch)
 
 
 def read(meeting: Any, first_row: int, *, width: int, launch: Any) -> tuple[Any, Any]:
@@ -60,41 +75,40 @@ def read(meeting: Any, first_row: int, *, width: int, launch: Any) -> tuple[Any,
     row_ints, num_tiles, shape = 4 * padded_tiles(width), width // TILE, (8, padded_tiles(width))
     out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ROWS)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=[out, out])
+    @inlined(REF, SCALAR, return_type=[out, out])
     def emit(_, meeting, launch):
-        launch = launch.registers.item()
+        launch = scalar(launch)
         row, column = _own()
-        start = _add(_multiply(row, row_ints), HEADER + first_row * row_ints)
+        start = add(multiply(row, row_ints), HEADER + first_row * row_ints)
+        fours = ir.VectorType.get((4,), ir.F32Type.get())
         parts: list[list[ir.Value]] = [[], []]
         for first in range(0, shape[1], _AT_ONCE):
             places, lefts = [], []
             for block in range(first, min(first + _AT_ONCE, shape[1]), TILE):
-                own = _add(_multiply(column, 4), block)  # the first of the thread's four tiles
-                address = _address(meeting, _add(start, _multiply(_add(column, block), 4)))
+                own = add(multiply(column, 4), block)  # the first of the thread's four tiles
+                address = device_address(meeting, add(start, multiply(add(column, block), 4)), 4)
                 places += [(address, i * TILE // 4 * 16) for i in range(4)]
                 is_whole = block + TILE <= num_tiles
-                lefts += [None if is_whole else arith.subi(_int(num_tiles - i), own) for i in range(4)]
+                lefts += [None if is_whole else arith.subi(integer(num_tiles - i), own) for i in range(4)]
             numbers = _await(places, lefts, launch)
             for i in range(0, len(numbers), 8):
                 for which in range(2):
-                    parts[which].append(vector.from_elements(_vector(4), numbers[i + which : i + 8 : 2]))
+                    parts[which].append(vector.from_elements(fours, numbers[i + which : i + 8 : 2]))
         return [_fragmented(part, shape) for part in parts]
 
-    means, squares = emit(meeting, launch)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
+    means, squares = emit(meeting, launch)
     return means, squares
 
 
 def end_launch(meeting: Any, launch: Any) -> None:
     """What one block does when it has read what all have published."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    @inlined(REF, SCALAR)
     def emit(_, meeting, launch):
-        thread = arith.remui(mgpu.thread_idx(), _int(128))
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, _int(0))):
-            address, number = _address(meeting, _int(0)), launch.registers.item()
-            mgpu.utils.inline_ptx("st.relaxed.gpu.global.b32 [$0], $1;", address, number, has_side_effects=True)
+        with mgpu.utils.when(is_first_thread()):
+            do("st.relaxed.gpu.global.b32 [$0], $1;", device_address(meeting, integer(0), 4), scalar(launch))
 
-    emit(meeting, launch)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
+    emit(meeting, launch)
 
 
 def _await(places: list[tuple[ir.Value, int]], lefts: list[ir.Value | None], launch: ir.Value) -> Sequence[ir.Value]:
@@ -125,48 +139,19 @@ def _await(places: list[tuple[ir.Value, int]], lefts: list[ir.Value | None], lau
         lines += [f"or.b32 missing{i}, one, other;", f"or.b32 differs, differs, missing{i};"]
     lines += ["setp.ne.s32 p, differs, 0;", "@p bra again;"]
     ptx = "{\n" + "\n".join(lines) + "\n}"
-    return mgpu.utils.inline_ptx(ptx, *inputs, result_types=[ir.F32Type.get()] * (2 * n), has_side_effects=True)
+    return make(ptx, *inputs, num_results=2 * n)
 
 
 def _own() -> tuple[ir.Value, ir.Value]:
     """The row that a thread has in ROWS, and of its columns the first, counted in fours."""
-    thread = arith.remui(mgpu.thread_idx(), _int(128))
-    return arith.divui(thread, _int(16)), arith.remui(thread, _int(16))
+    return arith.divui(own_thread(), integer(16)), arith.remui(own_thread(), integer(16))
 
 
 def _place_of(tile: ir.Value) -> ir.Value:
     """As meeting.py has it."""
-    within = arith.remui(tile, _int(TILE))
-    every_fourth = _multiply(arith.remui(within, _int(4)), TILE // 4)
-    return _add(arith.subi(tile, within), every_fourth, arith.divui(within, _int(4)))
-
-
-def _int(x: int) -> ir.Value:
-    return mgpu.c(x, ir.IntegerType.get_signless(32))
-
-
-def _vector(size: int) -> ir.VectorType:
-    return ir.VectorType.get((size,), ir.F32Type.get())
-
-
-def _multiply(x: ir.Value, factor: int) -> ir.Value:
-    return arith.muli(x, _int(factor))
-
-
-def _add(x: ir.Value, *others: ir.Value | int) -> ir.Value:
-    for other in others:
-        x = arith.addi(x, _int(other) if isinstance(other, int) else other)
-    return x
-
-
-def _address(meeting: ir.Value, index: ir.Value) -> ir.Value:
-    i64 = ir.IntegerType.get_signless(64)
-    offset = arith.extui(i64, _multiply(index, 4))
-    return arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(meeting)), offset)
-
-
-def _scalar(register: ir.Value) -> ir.Value:
-    return vector.extract(register, [], [0]) if isinstance(register.type, ir.VectorType) else register
+    within = arith.remui(tile, integer(TILE))
+    every_fourth = multiply(arith.remui(within, integer(4)), TILE // 4)
+    return add(arith.subi(tile, within), every_fourth, arith.divui(within, integer(4)))
 
 
 def _fragmented(registers: list[ir.Value], shape: tuple[int, int]) -> Any:

@@ -22,16 +22,29 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, nvvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_kernels import hopper
+from pallas_kernels.instructions import (
+    REF,
+    SCALAR,
+    THREADS,
+    device_address,
+    do,
+    element,
+    inlined,
+    integer,
+    make,
+    number,
+    own_thread,
+    scalar,
+    shared_address,
+)
 
 MATRIX = plgpu.Layout.WGMMA
 PER_HEAD = MATRIX.reduce(0)
-SCALAR = plgpu.Layout.WG_SPLAT
-REF = plgpu.RefType()
-_WARPS, _LANES, _THREADS = 4, 32, 128
+_WARPS, _LANES = 4, 32
 _PIECE_BYTES = 16  # of a thread
 
 
@@ -67,31 +80,31 @@ class Exchange:
         buffers = {"sent": plgpu.SMEM((self.shares_of_block, self.blocks, 2, _LANES, floats), jnp.float32)}
         buffers["arrived"] = plgpu.SMEM((2,), jnp.int32)
         if self.warpgroups > 1:
-            buffers["left"] = plgpu.SMEM((self.warpgroups, self.pieces, _THREADS, floats), jnp.float32)
+            buffers["left"] = plgpu.SMEM((self.warpgroups, self.pieces, THREADS, floats), jnp.float32)
             buffers["left_weights"] = plgpu.SMEM((self.warpgroups, self.heads, 2), jnp.float32)
         return buffers
 
     def smem_bytes(self) -> int:
         sent = self.shares_of_block * self.blocks * 2 * _LANES * _PIECE_BYTES
-        left = self.warpgroups * (self.pieces * _THREADS * _PIECE_BYTES + 8 * self.heads)
+        left = self.warpgroups * (self.pieces * THREADS * _PIECE_BYTES + 8 * self.heads)
         return sent + (left if self.warpgroups > 1 else 0)
 
     def open(self, smem: dict[str, Any], warpgroup: Any, block: Any) -> None:
         """Makes ready for what the blocks send, before they do: all threads of all blocks call it."""
 
-        @_inlined(REF, SCALAR, SCALAR)
+        @inlined(REF, SCALAR, SCALAR)
         def emit(_, arrived, warpgroup, block):
-            is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(_scalar(warpgroup), _thread()), _int(0))
+            is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(scalar(warpgroup), own_thread()), integer(0))
             with mgpu.utils.when(is_first):
                 num_shares = arith.divui(
-                    arith.subi(_int(self.pieces * _WARPS + self.blocks - 1), _scalar(block)), _int(self.blocks)
+                    arith.subi(integer(self.pieces * _WARPS + self.blocks - 1), scalar(block)), integer(self.blocks)
                 )
-                num_bytes = arith.muli(num_shares, _int(self.blocks * 2 * _LANES * _PIECE_BYTES))
-                at = _start(arrived)
-                _do("mbarrier.init.shared::cta.b64 [$0], 1;", at)
-                _do("fence.mbarrier_init.release.cluster;")
-                _do("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", at, num_bytes)
-            _do("barrier.cluster.arrive.relaxed;")
+                num_bytes = arith.muli(num_shares, integer(self.blocks * 2 * _LANES * _PIECE_BYTES))
+                at = shared_address(arrived)
+                do("mbarrier.init.shared::cta.b64 [$0], 1;", at)
+                do("fence.mbarrier_init.release.cluster;")
+                do("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", at, num_bytes)
+            do("barrier.cluster.arrive.relaxed;")
 
         if self.blocks > 1:
             emit(smem["arrived"], jnp.int32(warpgroup), jnp.int32(block))
@@ -99,9 +112,9 @@ class Exchange:
     def wait_for_all_open(self) -> None:
         """Before this nobody may send."""
 
-        @_inlined()
+        @inlined()
         def emit(_: Any = None):
-            _do("barrier.cluster.wait.acquire;")
+            do("barrier.cluster.wait.acquire;")
 
         if self.blocks > 1:
             emit()
@@ -109,49 +122,51 @@ class Exchange:
     def wait_for_all_sent(self, smem: dict[str, Any]) -> None:
         """Among several blocks: returns when all that is meant for this one has come."""
 
-        @_inlined(REF)
+        @inlined(REF)
         def emit(_, arrived):
-            nvvm.mbarrier_try_wait_parity(mgpu.utils.memref_ptr(arrived), _int(0), _int(10_000_000))
+            nvvm.mbarrier_try_wait_parity(mgpu.utils.memref_ptr(arrived), integer(0), integer(10_000_000))
 
         emit(smem["arrived"])
 
     def leave(self, smem: dict[str, Any], warpgroup: Any, sums: Any, maxima: Any, totals: Any) -> None:
         """Leaves a warpgroup's results to the others of its block."""
 
-        @_inlined(REF, REF, SCALAR, MATRIX, PER_HEAD, PER_HEAD)
+        @inlined(REF, REF, SCALAR, MATRIX, PER_HEAD, PER_HEAD)
         def emit(_, left, weights, warpgroup, sums, maxima, totals):
-            warpgroup, thread = _scalar(warpgroup), _thread()
-            first = arith.muli(warpgroup, _int(self.pieces))
+            warpgroup, thread = scalar(warpgroup), own_thread()
+            first = arith.muli(warpgroup, integer(self.pieces))
             for i, piece in enumerate(self._pieces(sums)):
-                at = arith.addi(arith.muli(arith.addi(first, _int(i)), _int(_THREADS)), thread)
-                _store4(arith.addi(_start(left), arith.muli(at, _int(_PIECE_BYTES))), piece)
-            is_one_of_four = arith.cmpi(arith.CmpIPredicate.ult, thread, _int(4))
+                at = arith.addi(arith.muli(arith.addi(first, integer(i)), integer(THREADS)), thread)
+                _store4(arith.addi(shared_address(left), arith.muli(at, integer(_PIECE_BYTES))), piece)
+            is_one_of_four = arith.cmpi(arith.CmpIPredicate.ult, thread, integer(4))
             for group in range(self.head_groups):
-                head = arith.addi(arith.muli(warpgroup, _int(self.heads)), _int(8 * group))
-                at = arith.addi(arith.muli(head, _int(8)), arith.muli(thread, _int(16)))
+                head = arith.addi(arith.muli(warpgroup, integer(self.heads)), integer(8 * group))
+                at = arith.addi(arith.muli(head, integer(8)), arith.muli(thread, integer(16)))
                 pair = self._weights(maxima, totals, group)
-                _store4(arith.addi(_start(weights), at), pair, predicate=is_one_of_four)
+                _store4(arith.addi(shared_address(weights), at), pair, predicate=is_one_of_four)
 
         emit(smem["left"], smem["left_weights"], jnp.int32(warpgroup), sums, maxima, totals)
 
     def send_merged(self, smem: dict[str, Any], warpgroup: Any, block: Any) -> None:
         """Merges what the warpgroups have left, pieces shared out, and sends each share to the block that ends it."""
 
-        @_inlined(*[REF] * 4, SCALAR, SCALAR)
+        @inlined(*[REF] * 4, SCALAR, SCALAR)
         def emit(_, left, weights, sent, arrived, warpgroup, block):
-            warpgroup, block, thread = _scalar(warpgroup), _scalar(block), _thread()
+            warpgroup, block, thread = scalar(warpgroup), scalar(block), own_thread()
             for turn in range(-(-self.pieces // self.warpgroups)):
-                index = arith.addi(warpgroup, _int(turn * self.warpgroups))
-                exists = arith.cmpi(arith.CmpIPredicate.ult, index, _int(self.pieces))
+                index = arith.addi(warpgroup, integer(turn * self.warpgroups))
+                exists = arith.cmpi(arith.CmpIPredicate.ult, index, integer(self.pieces))
                 with mgpu.utils.when(exists):
-                    group = arith.remui(index, _int(self.head_groups))
-                    head = arith.addi(arith.muli(group, _int(8)), hopper.first_column())
+                    group = arith.remui(index, integer(self.head_groups))
+                    head = arith.addi(arith.muli(group, integer(8)), hopper.first_column())
                     results = []
                     for w in range(self.warpgroups):
-                        at = arith.addi(arith.muli(arith.addi(index, _int(w * self.pieces)), _int(_THREADS)), thread)
-                        piece = _load4(arith.addi(_start(left), arith.muli(at, _int(_PIECE_BYTES))))
-                        at = arith.muli(arith.addi(head, _int(w * self.heads)), _int(8))
-                        results.append((piece, _load4(arith.addi(_start(weights), at))))
+                        at = arith.addi(
+                            arith.muli(arith.addi(index, integer(w * self.pieces)), integer(THREADS)), thread
+                        )
+                        piece = _load4(arith.addi(shared_address(left), arith.muli(at, integer(_PIECE_BYTES))))
+                        at = arith.muli(arith.addi(head, integer(w * self.heads)), integer(8))
+                        results.append((piece, _load4(arith.addi(shared_address(weights), at))))
                     self._send(sent, arrived, block, index, *_merged(results))
 
         emit(
@@ -163,11 +178,11 @@ class Exchange:
     def send(self, smem: dict[str, Any], block: Any, sums: Any, maxima: Any, totals: Any) -> None:
         """Sends the results of a block's only warpgroup."""
 
-        @_inlined(REF, REF, SCALAR, MATRIX, PER_HEAD, PER_HEAD)
+        @inlined(REF, REF, SCALAR, MATRIX, PER_HEAD, PER_HEAD)
         def emit(_, sent, arrived, block, sums, maxima, totals):
             for i, piece in enumerate(self._pieces(sums)):
                 weights = self._weights(maxima, totals, i % self.head_groups)
-                self._send(sent, arrived, _scalar(block), _int(i), piece, weights)
+                self._send(sent, arrived, scalar(block), integer(i), piece, weights)
 
         emit(smem["sent"], smem["arrived"], jnp.int32(block), sums, maxima, totals)
 
@@ -179,17 +194,17 @@ class Exchange:
         out: device memory [..., H] in rows of H; first_row: the row of the first head. num_heads: how many exist.
         """
 
-        @_inlined(REF, REF, SCALAR, SCALAR, SCALAR, SCALAR)
+        @inlined(REF, REF, SCALAR, SCALAR, SCALAR, SCALAR)
         def emit(_, sent, out, warpgroup, block, first_row, num_heads):
-            block, first_row, num_heads = _scalar(block), _scalar(first_row), _scalar(num_heads)
-            thread = _thread()
-            warp, lane = arith.divui(thread, _int(_LANES)), arith.remui(thread, _int(_LANES))
-            worker = arith.addi(arith.muli(_scalar(warpgroup), _int(_WARPS)), warp)
+            block, first_row, num_heads = scalar(block), scalar(first_row), scalar(num_heads)
+            thread = own_thread()
+            warp, lane = arith.divui(thread, integer(_LANES)), arith.remui(thread, integer(_LANES))
+            worker = arith.addi(arith.muli(scalar(warpgroup), integer(_WARPS)), warp)
             workers = self.warpgroups * _WARPS
             for turn in range(-(-self.shares_of_block // workers)):
-                slot = arith.addi(worker, _int(turn * workers))
-                share = arith.addi(arith.muli(slot, _int(self.blocks)), block)
-                exists = arith.cmpi(arith.CmpIPredicate.ult, share, _int(self.pieces * _WARPS))
+                slot = arith.addi(worker, integer(turn * workers))
+                share = arith.addi(arith.muli(slot, integer(self.blocks)), block)
+                exists = arith.cmpi(arith.CmpIPredicate.ult, share, integer(self.pieces * _WARPS))
                 with mgpu.utils.when(exists):
                     self._finish(sent, out, share, slot, lane, first_row, num_heads)
 
@@ -197,63 +212,58 @@ class Exchange:
 
     def _pieces(self, sums: Any) -> list[Sequence[ir.Value]]:
         registers = sums.registers.reshape(self.pieces, 2)
-        return [[_element(register, i) for register in pair for i in range(2)] for pair in registers]
+        return [[element(register, i) for register in pair for i in range(2)] for pair in registers]
 
     def _weights(self, maxima: Any, totals: Any, group: int) -> Sequence[ir.Value]:
         """Maximum and total of a thread's first head of a group, and of its second."""
         pairs = [x.registers.reshape(self.head_groups)[group] for x in (maxima, totals)]
-        return [_element(pair, i) for i in range(2) for pair in pairs]
+        return [element(pair, i) for i in range(2) for pair in pairs]
 
     def _slot(self, slot: ir.Value, source: ir.Value, which: int, lane: ir.Value) -> ir.Value:
         """Place of a lane in `sent`, counted in 16 bytes."""
-        at = arith.addi(arith.muli(slot, _int(self.blocks)), source)
-        return arith.addi(arith.muli(at, _int(2 * _LANES)), arith.addi(_int(which * _LANES), lane))
+        at = arith.addi(arith.muli(slot, integer(self.blocks)), source)
+        return arith.addi(arith.muli(at, integer(2 * _LANES)), arith.addi(integer(which * _LANES), lane))
 
     def _send(self, sent: Any, arrived: Any, block: Any, index: Any, piece: Any, weights: Any) -> None:
         """Sends a piece, or this block's part of it, to the blocks that end its four shares."""
-        thread = _thread()
-        warp, lane = arith.divui(thread, _int(_LANES)), arith.remui(thread, _int(_LANES))
-        share = arith.addi(arith.muli(index, _int(_WARPS)), warp)
-        target, slot = arith.remui(share, _int(self.blocks)), arith.divui(share, _int(self.blocks))
-        weights_offset = _int(_LANES * _PIECE_BYTES)
-        here = arith.addi(_start(sent), arith.muli(self._slot(slot, block, 0, lane), _int(_PIECE_BYTES)))
+        thread = own_thread()
+        warp, lane = arith.divui(thread, integer(_LANES)), arith.remui(thread, integer(_LANES))
+        share = arith.addi(arith.muli(index, integer(_WARPS)), warp)
+        target, slot = arith.remui(share, integer(self.blocks)), arith.divui(share, integer(self.blocks))
+        weights_offset = integer(_LANES * _PIECE_BYTES)
+        here = arith.addi(shared_address(sent), arith.muli(self._slot(slot, block, 0, lane), integer(_PIECE_BYTES)))
         if self.blocks == 1:
             _store4(here, piece)
             _store4(arith.addi(here, weights_offset), weights)
             return
-        there, barrier = _in_block(here, target), _in_block(_start(arrived), target)
+        there, barrier = _in_block(here, target), _in_block(shared_address(arrived), target)
         ptx = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$1, $2, $3, $4}, [$5];"
-        _do(ptx, there, *piece, barrier)
-        _do(ptx, arith.addi(there, weights_offset), *weights, barrier)
+        do(ptx, there, *piece, barrier)
+        do(ptx, arith.addi(there, weights_offset), *weights, barrier)
 
     def _finish(self, sent: Any, out: Any, share: Any, slot: Any, lane: Any, first_row: Any, num_heads: Any) -> None:
         results = []
         for source in range(self.blocks):
-            at = arith.muli(self._slot(slot, _int(source), 0, lane), _int(_PIECE_BYTES))
-            at = arith.addi(_start(sent), at)
-            results.append((_load4(at), _load4(arith.addi(at, _int(_LANES * _PIECE_BYTES)))))
+            at = arith.muli(self._slot(slot, integer(source), 0, lane), integer(_PIECE_BYTES))
+            at = arith.addi(shared_address(sent), at)
+            results.append((_load4(at), _load4(arith.addi(at, integer(_LANES * _PIECE_BYTES)))))
         piece, (_, total_a, _, total_b) = _merged(results)
-        index = arith.divui(share, _int(_WARPS))
-        head = arith.muli(arith.remui(index, _int(self.head_groups)), _int(8))
+        index = arith.divui(share, integer(_WARPS))
+        head = arith.muli(arith.remui(index, integer(self.head_groups)), integer(8))
         head = arith.addi(head, hopper.first_column())
-        row = arith.muli(arith.divui(index, _int(self.head_groups)), _int(64))
-        row = arith.addi(row, arith.muli(arith.remui(share, _int(_WARPS)), _int(16)))
-        row = arith.addi(row, arith.divui(lane, _int(4)))
+        row = arith.muli(arith.divui(index, integer(self.head_groups)), integer(64))
+        row = arith.addi(row, arith.muli(arith.remui(share, integer(_WARPS)), integer(16)))
+        row = arith.addi(row, arith.divui(lane, integer(4)))
         for column, total in enumerate((total_a, total_b)):
-            this_head = arith.addi(head, _int(column))
+            this_head = arith.addi(head, integer(column))
             is_head = arith.cmpi(arith.CmpIPredicate.ult, this_head, num_heads)
-            is_some = arith.cmpf(arith.CmpFPredicate.OGT, total, _float(0.0))
+            is_some = arith.cmpf(arith.CmpFPredicate.OGT, total, number(0.0))
             inverse = mgpu.utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", total, result_types=ir.F32Type.get())
-            factor = arith.select(is_some, inverse, _float(0.0))
+            factor = arith.select(is_some, inverse, number(0.0))
             for half in range(2):
-                at = arith.muli(arith.addi(first_row, this_head), _int(self.H))
-                at = arith.addi(at, arith.addi(row, _int(8 * half)))
+                at = arith.muli(arith.addi(first_row, this_head), integer(self.H))
+                at = arith.addi(at, arith.addi(row, integer(8 * half)))
                 _store_element(out, at, arith.mulf(piece[2 * half + column], factor), is_head)
-
-
-def _inlined(*arg_types: Any, return_type: Any = None) -> Any:
-    """`inline_mgpu`, whose own type leaves out that it gives the first argument itself."""
-    return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)
 
 
 def over_keys(operation: str, x: jax.Array, scratch: Any, parity: Any) -> jax.Array:
@@ -264,27 +274,27 @@ def over_keys(operation: str, x: jax.Array, scratch: Any, parity: Any) -> jax.Ar
     """
     heads = x.shape[1]
 
-    @_inlined(REF, SCALAR, MATRIX, return_type=plgpu.ShapeDtypeStruct((heads,), jnp.float32, layout=PER_HEAD))
+    @inlined(REF, SCALAR, MATRIX, return_type=plgpu.ShapeDtypeStruct((heads,), jnp.float32, layout=PER_HEAD))
     def emit(_, scratch, parity, x):
         combine = {"max": arith.maximumf, "add": arith.addf}[operation]
         registers = x.registers.reshape(x.shape[0] // 64, heads // 8, 2)
-        thread = _thread()
-        warp, lane = arith.divui(thread, _int(_LANES)), arith.remui(thread, _int(_LANES))
-        start = arith.addi(_start(scratch), arith.muli(_scalar(parity), _int(4 * heads * _WARPS)))
-        mine = arith.muli(hopper.first_column(), _int(4 * _WARPS))
-        writes = arith.cmpi(arith.CmpIPredicate.ult, lane, _int(4))
+        thread = own_thread()
+        warp, lane = arith.divui(thread, integer(_LANES)), arith.remui(thread, integer(_LANES))
+        start = arith.addi(shared_address(scratch), arith.muli(scalar(parity), integer(4 * heads * _WARPS)))
+        mine = arith.muli(hopper.first_column(), integer(4 * _WARPS))
+        writes = arith.cmpi(arith.CmpIPredicate.ult, lane, integer(4))
         for group in range(heads // 8):
             column = list(registers[:, group].reshape(-1))
             pair = column[0]
             for other in column[1:]:
                 pair = combine(pair, other)
             for i in range(2):
-                value = _element(pair, i)
+                value = element(pair, i)
                 for distance in (4, 8, 16):
                     value = combine(value, mgpu.utils.shfl_bfly(value, distance))
-                at = arith.addi(arith.addi(start, mine), _int(4 * _WARPS * (8 * group + i)))
-                at = arith.addi(at, arith.muli(warp, _int(4)))
-                _do("st.shared.f32 [$0], $1;", at, value, predicate=writes)
+                at = arith.addi(arith.addi(start, mine), integer(4 * _WARPS * (8 * group + i)))
+                at = arith.addi(at, arith.muli(warp, integer(4)))
+                do("st.shared.f32 [$0], $1;", at, value, predicate=writes)
         mgpu.warpgroup_barrier()
         layout = PER_HEAD.to_mgpu()
         result = np.empty(layout.registers_shape((heads,)), dtype=object)
@@ -292,7 +302,7 @@ def over_keys(operation: str, x: jax.Array, scratch: Any, parity: Any) -> jax.Ar
         for group in range(heads // 8):
             pair = []
             for i in range(2):
-                at = arith.addi(arith.addi(start, mine), _int(4 * _WARPS * (8 * group + i)))
+                at = arith.addi(arith.addi(start, mine), integer(4 * _WARPS * (8 * group + i)))
                 a, b, c, d = _load4(at)
                 pair.append(combine(combine(a, b), combine(c, d)))
             flat[group] = vector.from_elements(ir.VectorType.get((2,), ir.F32Type.get()), pair)
@@ -309,20 +319,12 @@ def _merged(results: Sequence[tuple[Any, Any]]) -> tuple[list[ir.Value], list[ir
         for _, weights in results[1:]:
             top = arith.maximumf(top, weights[i])
         tops.append(top)
-    piece, totals = [_float(0.0)] * 4, [_float(0.0)] * 2
+    piece, totals = [number(0.0)] * 4, [number(0.0)] * 2
     for part, (max_a, total_a, max_b, total_b) in results:
         factors = [_exp2(arith.subf(maximum, top)) for maximum, top in zip((max_a, max_b), tops)]
         piece = [_fma(x, factors[i % 2], so_far) for i, (x, so_far) in enumerate(zip(part, piece))]
         totals = [_fma(x, factor, so_far) for x, factor, so_far in zip((total_a, total_b), factors, totals)]
     return piece, [tops[0], totals[0], tops[1], totals[1]]
-
-
-def _int(value: int) -> ir.Value:
-    return mgpu.c(value, ir.IntegerType.get_signless(32))
-
-
-def _float(value: float) -> ir.Value:
-    return mgpu.c(value, ir.F32Type.get())
 
 
 def _fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -333,46 +335,20 @@ def _exp2(x: ir.Value) -> ir.Value:
     return mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
 
 
-def _scalar(x: Any) -> ir.Value:
-    return x.registers.item() if isinstance(x, mgpu.FragmentedArray) else x
-
-
-def _element(pair: ir.Value, i: int) -> ir.Value:
-    return vector.extract(pair, [], [i])
-
-
-def _thread() -> ir.Value:
-    """Of the warpgroup."""
-    return arith.remui(mgpu.thread_idx(), _int(_THREADS))
-
-
-def _start(ref: ir.Value) -> ir.Value:
-    """Address in this block's shared memory."""
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
-
-
 def _in_block(address: ir.Value, block: ir.Value) -> ir.Value:
     """The same address in another block's shared memory."""
     i32 = ir.IntegerType.get_signless(32)
     return mgpu.utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", address, block, result_types=i32)
 
 
-def _do(ptx: str, *operands: ir.Value, predicate: ir.Value | None = None) -> None:
-    mgpu.utils.inline_ptx(ptx, *operands, predicate=predicate, has_side_effects=True)
-
-
 def _load4(address: ir.Value) -> Sequence[ir.Value]:
-    ptx, f32 = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", ir.F32Type.get()
-    return mgpu.utils.inline_ptx(ptx, address, result_types=[f32] * 4, has_side_effects=True)
+    return make("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", address, num_results=4)
 
 
 def _store4(address: ir.Value, values: Sequence[ir.Value], predicate: ir.Value | None = None) -> None:
-    _do("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", address, *values, predicate=predicate)
+    do("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", address, *values, predicate=predicate)
 
 
 def _store_element(out: ir.Value, index: ir.Value, x: ir.Value, predicate: ir.Value) -> None:
-    i16, i64 = (ir.IntegerType.get_signless(bits) for bits in (16, 64))
-    x = mgpu.utils.bitcast(arith.truncf(ir.MemRefType(out.type).element_type, x), i16)
-    start = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(out))
-    address = arith.addi(start, arith.muli(arith.extui(i64, index), mgpu.c(2, i64)))
-    _do("st.global.b16 [$0], $1;", address, x, predicate=predicate)
+    x = mgpu.utils.bitcast(arith.truncf(ir.MemRefType(out.type).element_type, x), ir.IntegerType.get_signless(16))
+    do("st.global.b16 [$0], $1;", device_address(out, index, 2), x, predicate=predicate)

@@ -21,6 +21,7 @@ from jaxlib.mlir.dialects import arith, math
 
 from pallas_kernels import hopper
 from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
+from pallas_kernels.instructions import SCALAR, inlined, integer, number, scalar
 
 
 def scores_start(
@@ -69,12 +70,10 @@ def hide_unseen(
 
     per_row, per_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, per_row, per_row, per_column),
-        return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
+    made = plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=plgpu.Layout.WGMMA)
+
+    @inlined(plgpu.Layout.WGMMA, per_row, per_row, per_column, return_type=made)
     def hide(_, start, first_seen, key, starts):
-        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
         first_seen, key = (hopper.over_columns(x, shape) for x in (first_seen, key))
         starts, lane = starts.broadcast_in_dim(shape, (1,), mgpu.WGMMA_LAYOUT), hopper.first_column()
 
@@ -82,13 +81,13 @@ def hide_unseen(
             value, first, key_here, start_here = (
                 hopper.element_of(x, register, element) for x in (start, first_seen, key, starts)
             )
-            by_order = arith.cmpi(arith.CmpIPredicate.sle, arith.subi(first, lane), mgpu.c(column, i32))
+            by_order = arith.cmpi(arith.CmpIPredicate.sle, arith.subi(first, lane), integer(column))
             by_document = arith.cmpi(arith.CmpIPredicate.sle, start_here, key_here)
-            return arith.select(arith.andi(by_order, by_document), value, mgpu.c(MASKED, f32))
+            return arith.select(arith.andi(by_order, by_document), value, number(MASKED))
 
         return hopper.emit_by_column(shape, emit)
 
-    return hide(start, first_seen, key, starts)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
+    return hide(start, first_seen, key, starts)
 
 
 def _as_arrays(rows, keys, alibi, slope, first_row, first_key, num_visible, num_hidden, scale, dtype):
@@ -110,36 +109,34 @@ def _as_arrays(rows, keys, alibi, slope, first_row, first_key, num_visible, num_
 
 
 def _in_registers(rows, keys, alibi, slope, first_row, first_key, num_visible, num_hidden, scale, dtype):
-    scalar, row_vector = plgpu.Layout.WG_SPLAT(()), plgpu.Layout.WGMMA.reduce(1)
+    row_vector = plgpu.Layout.WGMMA.reduce(1)
     arguments: list[Any] = []
     if alibi == "float32":
         arguments = [slope, slope * (first_key - first_row).astype(jnp.float32)]
     elif alibi == "hf_bf16":
         arguments = [hopper.rounded(slope, jnp.bfloat16), first_key.astype(jnp.float32)]
-    types: list[Any] = [scalar] * len(arguments)
+    types: list[Any] = [SCALAR] * len(arguments)
     bounds = [bound for bound in (num_visible, num_hidden) if bound is not None]
     types += [row_vector] * len(bounds)
 
-    @plgpu.inline_mgpu(
-        arg_types=tuple(types),
-        return_type=plgpu.ShapeDtypeStruct((rows, keys), jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
+    made = plgpu.ShapeDtypeStruct((rows, keys), jnp.float32, layout=plgpu.Layout.WGMMA)
+
+    @inlined(*types, return_type=made)
     def build(_, *given):
-        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
         scalars, given_bounds = given[: len(arguments)], given[len(arguments) :]
         over_columns = [hopper.over_columns(bound, (rows, keys)) for bound in given_bounds]
         lane = hopper.first_column()
-        bias = _column_bias(alibi, [x.registers.item() for x in scalars], arith.sitofp(f32, lane), scale, dtype)
+        bias = _column_bias(alibi, [scalar(x) for x in scalars], arith.sitofp(ir.F32Type.get(), lane), scale, dtype)
 
         def emit(register, element, column):
             # Seen where num_visible > column and num_hidden <= column.
             seen = [
-                arith.cmpi(seen_if, arith.subi(hopper.element_of(bound, register, element), lane), mgpu.c(column, i32))
+                arith.cmpi(seen_if, arith.subi(hopper.element_of(bound, register, element), lane), integer(column))
                 for bound, seen_if in zip(over_columns, (arith.CmpIPredicate.sgt, arith.CmpIPredicate.sle))
             ]
             if not seen:
                 return bias(column)
-            return arith.select(functools.reduce(arith.andi, seen), bias(column), mgpu.c(MASKED, f32))
+            return arith.select(functools.reduce(arith.andi, seen), bias(column), number(MASKED))
 
         return hopper.emit_by_column((rows, keys), emit)
 
@@ -150,11 +147,11 @@ def _column_bias(alibi, given, lane, scale, dtype):
     """A function of the column, counted from the thread's first one, that emits its bias."""
     f32 = ir.F32Type.get()
     if alibi is None:
-        return lambda column: mgpu.c(0.0, f32)
+        return lambda column: number(0.0)
     slope, base = given
     if alibi == "float32":
         start = math.fma(slope, lane, base)
-        return lambda column: math.fma(slope, mgpu.c(float(column), f32), start)
+        return lambda column: math.fma(slope, number(float(column)), start)
 
     first = arith.addf(base, lane)
 
@@ -163,8 +160,8 @@ def _column_bias(alibi, given, lane, scale, dtype):
         return arith.extf(f32, arith.truncf(narrow, x))
 
     def bias(column):
-        j = arith.addf(first, mgpu.c(float(column), f32))
+        j = arith.addf(first, number(float(column)))
         product = rounded(arith.mulf(slope, rounded(j, jnp.bfloat16)), jnp.bfloat16)
-        return arith.mulf(rounded(arith.mulf(product, mgpu.c(scale, f32)), dtype), mgpu.c(1 / scale, f32))
+        return arith.mulf(rounded(arith.mulf(product, number(scale)), dtype), number(1 / scale))
 
     return bias

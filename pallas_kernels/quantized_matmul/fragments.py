@@ -12,15 +12,14 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.instructions import REF, THREADS, add, inlined, multiply, own_thread, shared_address
 from pallas_kernels.quantized_matmul.formats import GROUP, unpack
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 
 # Inputs of one operand: as many as 128 bytes of the other one hold.
 DEPTH = 64
 STEPS = DEPTH // 16  # of the instruction, 16 inputs each
-_THREADS = 128
 
 
 def fragments(words: Any, form: str, *, interpretable: bool) -> list[Any]:
@@ -34,24 +33,22 @@ def fragments(words: Any, form: str, *, interpretable: bool) -> list[Any]:
 
     shape = plgpu.ShapeDtypeStruct((TILE, DEPTH), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[shape] * (GROUP // DEPTH))
+    @inlined(REF, return_type=[shape] * (GROUP // DEPTH))
     def emit(_, words):
         return [operand(words, form, part) for part in range(GROUP // DEPTH)]
 
-    return emit(words)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
+    return emit(words)
 
 
 def operand(words: ir.Value, form: str, part: int) -> Any:
     """A part of 64 inputs, in `inline_mgpu`: registers [block of 8 inputs, half of 16 outputs], two inputs each."""
     i32, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
-    thread = arith.remui(mgpu.thread_idx(), mgpu.c(_THREADS, i32))
-    start = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(words))
-    start = arith.addi(start, arith.muli(thread, mgpu.c(16, i32)))
+    start = add(shared_address(words), multiply(own_thread(), 16))
     words_per_step = {"int8": 2, "int4": 1}[form]
     num_words = STEPS * words_per_step
     mine = []
     for quad in range(num_words // 4):
-        at = arith.addi(start, mgpu.c((part * num_words // 4 + quad) * _THREADS * 16, i32))
+        at = add(start, (part * num_words // 4 + quad) * THREADS * 16)
         ptx = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
         mine += mgpu.utils.inline_ptx(ptx, at, result_types=[i32] * 4, has_side_effects=True)
     layout = mgpu.WGMMA_LAYOUT

@@ -32,6 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels.hopper import tiled
+from pallas_kernels.instructions import REF, inlined
 from pallas_kernels.quantized_matmul import fragments
 from pallas_kernels.quantized_matmul.formats import GROUP, storage, unpack
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
@@ -310,15 +311,15 @@ def half_group(words: Any, form: str, *, interpretable: bool) -> Any:
 
     shape = plgpu.ShapeDtypeStruct((TILE, DEPTH), jnp.bfloat16, layout=MATRIX)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=shape)
+    @inlined(REF, return_type=shape)
     def emit(_, words):
         return fragments.operand(words, form, 0)
 
-    return emit(words)  # pyright: ignore[reportCallIssue] (the first argument is the decorator's)
+    return emit(words)
 
 
 def _meet_in_warpgroup() -> None:
-    @plgpu.inline_mgpu()
+    @inlined()
     def emit(_: Any = None):
         mgpu.warpgroup_barrier()
 
@@ -328,7 +329,7 @@ def _meet_in_warpgroup() -> None:
 def _fence_products() -> None:
     """Orders registers before the matrix instructions that come now, as they ask for at the head of a loop."""
 
-    @plgpu.inline_mgpu()
+    @inlined()
     def emit(_: Any = None):
         nvvm.wgmma_fence_aligned()
 
