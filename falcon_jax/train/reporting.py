@@ -57,6 +57,8 @@ class Reporter:
             mininterval=_bar_interval_s(),
             disable=not processes.is_main(),
         )
+        if first_step == 0 and jax.default_backend() == "cpu" and config.step.compute_dtype != "float32":
+            self.say(f"a CPU computes in float32 faster than in {config.step.compute_dtype}: --compute-dtype float32")
 
     def add(self, step: int, metrics: Metrics) -> None:
         """metrics: of the step that made `step` steps done, still on the device."""

@@ -209,3 +209,16 @@ def test_finite_losses_before_one_that_is_not_are_written(
     assert [line["step"] for line in lines] == recorded
     assert [line["loss"] for line in lines[1:]] == [np.mean(range(4, first_bad + 1)) for _ in lines[1:]]
     assert [line["grad_norm"] for line in lines[1:]] == recorded[1:]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tells"), [("cpu", "bfloat16", 1), ("cpu", "float32", 0), ("gpu", "bfloat16", 0)]
+)
+def test_a_cpu_that_computes_in_few_bits_is_told_what_is_faster(
+    train_config: TrainConfig, model_config: FalconConfig, monkeypatch, capfd, backend: str, dtype: str, tells: int
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    step = dataclasses.replace(train_config.step, compute_dtype=dtype)
+    train_config.output.mkdir()
+    make_reporter(dataclasses.replace(train_config, step=step), model_config).close()
+    assert capfd.readouterr().err.count("--compute-dtype float32") == tells
