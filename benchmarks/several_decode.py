@@ -25,11 +25,11 @@ WITH_COLLECTIVES = "--xla_gpu_enable_command_buffer=+COLLECTIVES"
 # By default XLA adds up a few rows by a kernel of its own, which reads the other devices' memory, and not by NCCL.
 BY_NCCL = "--xla_gpu_experimental_use_collective_kernels="
 # By default XLA makes no graph of fewer than five launches; between two all-reduces of a parallel layer stand four.
-SHORT = "--xla_gpu_graph_min_graph_size=2"
+SMALL_GRAPHS = "--xla_gpu_graph_min_graph_size=2"
 # What is captured in CUDA graphs -> XLA's flags.
 GRAPHS = {
     "as by default": "",
-    "as by default, and of two launches": SHORT,
+    "as by default, and of two launches": SMALL_GRAPHS,
     "collectives too": WITH_COLLECTIVES,
     "none": "",
     "as by default, sums by NCCL": BY_NCCL,

@@ -58,7 +58,9 @@ class Reporter:
             disable=not processes.is_main(),
         )
         if first_step == 0 and jax.default_backend() == "cpu" and config.step.compute_dtype != "float32":
-            self.say(f"a CPU computes in float32 faster than in {config.step.compute_dtype}: --compute-dtype float32")
+            self.say(
+                f"most CPUs compute faster in float32 than in {config.step.compute_dtype}: --compute-dtype float32"
+            )
 
     def add(self, step: int, metrics: Metrics) -> None:
         """metrics: of the step that made `step` steps done, still on the device."""

@@ -27,5 +27,10 @@ def meeting_size(num_rows: int, width: int) -> int:
 
 
 def new_meeting(num_rows: int, width: int) -> jax.Array:
-    """For the first launch of a chain."""
+    """int32 [M], zeros: what the first call of a chain takes as `meeting`. M is `meeting_size`.
+
+    Args:
+      num_rows: of the residual, all its axes but the last together.
+      width: of the residual, in outputs; a multiple of 64 where the kernels run.
+    """
     return jnp.zeros(meeting_size(num_rows, width), jnp.int32)

@@ -199,15 +199,15 @@ class _Block:
 
     def run(self) -> None:
         self.stream.begin()
-        if self.meets_in_memory and not self.stream.num_early:  # else the launch before may not have ended
-            self.launch_number = count_of_launches(self.arrays["meeting"]) + 1
+        if not self.stream.num_early:  # else the launch before may not have ended
+            self.number_launch()
         is_last = (self.warpgroup == 0) & (self.split == 0)
         if "ready" in self.smem:
             pl.when(is_last)(self.fetch_rest)
 
         sums = self.stream.sums(jnp.int32(0))
-        if self.meets_in_memory and self.stream.num_early:
-            self.launch_number = count_of_launches(self.arrays["meeting"]) + 1
+        if self.stream.num_early:
+            self.number_launch()
         for i, partial in enumerate(sums):
             self.stream.gather(i, partial)
             if self.settings.plan.splits > 1:
@@ -218,6 +218,11 @@ class _Block:
             pl.when(self.warpgroup == 0)(self.meet_and_normalize)
         else:
             pl.when(is_last)(wait_until_results_have_left)
+
+    def number_launch(self) -> None:
+        """Once, when the launch before has ended and this block has published nothing."""
+        if self.meets_in_memory:
+            self.launch_number = count_of_launches(self.arrays["meeting"]) + 1
 
     @property
     def meets_in_memory(self) -> bool:

@@ -4,8 +4,8 @@ Blocks make tiles of the new residual (quantized_matmul/wide_tiles.py) until all
 their warpgroups share out the rows, four at a time, a warp each, which it reads out of the GPU's cache: once for the
 mean, once for the variance, once to normalize.
 
-All blocks must run at once: there are at most as many as the GPU has multiprocessors. They meet at
-a counter (hopper.py), the first element of the array `meeting`, which goes from launch to launch as in mosaic.py.
+All blocks must run at once: there are at most as many as the GPU has multiprocessors. They meet at a counter
+(hopper.py), the first element of the array `meeting`, which goes from launch to launch as in mosaic.py.
 """
 
 import dataclasses
