@@ -75,18 +75,17 @@ class StageCase:
 class Variant:
     """A way of running ours.
 
-    overlaps: launches begin while those before still run. cuda_graphs: off launches each by itself.
+    cuda_graphs: off launches each by itself.
     plan: what a launch's Plan has beside its default: pairs of a field and its value, of both stages.
     """
 
-    overlaps: bool = False
     cuda_graphs: bool = True
     plan: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Variant":
         """From names and values. Raises: RequestError where there is no such setting, or no such value."""
-        own = {name: value for name, value in settings.items() if name in ("overlaps", "cuda_graphs")}
+        own = {name: value for name, value in settings.items() if name == "cuda_graphs"}
         for name, value in own.items():
             if not isinstance(value, bool):
                 raise RequestError(f"--variants {name} is {value}; it must be true or false")
@@ -94,11 +93,11 @@ class Variant:
         known = [field.name for field in dataclasses.fields(Plan)]
         for name in rest:
             if name not in known:
-                raise RequestError(f"--variants {name} is unknown; known are overlaps, cuda_graphs, {', '.join(known)}")
+                raise RequestError(f"--variants {name} is unknown; known are cuda_graphs, {', '.join(known)}")
         return cls(**own, plan=tuple(rest.items()))
 
     def __str__(self) -> str:
-        words = ["overlaps"] * self.overlaps + ["no graphs"] * (not self.cuda_graphs)
+        words = ["no graphs"] * (not self.cuda_graphs)
         return " ".join(["ours", *words, *(f"{name}={value}" for name, value in self.plan)])
 
     @property
@@ -107,26 +106,22 @@ class Variant:
 
     def project(self, products: list[Product]) -> list[Array]:
         if not self.plan:
-            return project(products, overlaps=self.overlaps, implementation="mosaic")
+            return project(products, implementation="mosaic")
         from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
         weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
         launch = input_launch(weights, outputs, products[0].num_rows, compat.num_sms())
-        return project_mosaic(products, overlaps=self.overlaps, plan=self._changed(launch.plan))
+        return project_mosaic(products, plan=self._changed(launch.plan))
 
     def attention_norm(self, xs: list[Array], weights: list[Any], residual: Array, norms: Any, **options: Any) -> Any:
         if not self.plan:
-            return attention_norm(
-                xs, weights, residual, norms, **options, overlaps=self.overlaps, implementation="mosaic"
-            )
+            return attention_norm(xs, weights, residual, norms, **options, implementation="mosaic")
         from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
 
         rows, width = residual.shape
         launch = output_launch(weights, width, rows, len(norms), compat.num_sms())
         meeting, plan = options.pop("meeting"), self._changed(launch.plan)
-        return attention_norm_mosaic(
-            xs, weights, [], residual, norms, meeting, **options, overlaps=self.overlaps, plan=plan
-        )
+        return attention_norm_mosaic(xs, weights, [], residual, norms, meeting, **options, plan=plan)
 
     def _changed(self, plan: Plan) -> Plan:
         return dataclasses.replace(plan, **dict(self.plan))

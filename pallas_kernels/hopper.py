@@ -55,20 +55,6 @@ def store(ref: Any, x: Any) -> None:
         ref[...] = x
 
 
-def let_next_launch_begin() -> None:
-    """Lets blocks of the launch after this one begin as soon as all of this one's have and there is room for them."""
-    plgpu.griddepcontrol_launch_dependents()
-
-
-def wait_for_launch_before() -> None:
-    """Returns when the launch before has ended, whose blocks may still run where it let this one begin.
-
-    What launches before have written is read after this, and what they read is written after it. As each launch that
-    lets others begin waits itself, all launches before that one have ended as well.
-    """
-    plgpu.griddepcontrol_wait()
-
-
 def wait_until_results_have_left() -> None:
     """What comes last in a kernel that sends results by copies from shared memory: it must not give that back before
     they have been read. That they are in device memory is what the end of the launch means; nobody waits for it here.

@@ -35,11 +35,6 @@ if TYPE_CHECKING:
     from falcon_jax.model.decoder import Block, FalconDecoder
     from falcon_jax.model.linear import LayerNorm, Linear
 
-# Whether a launch begins while the one before still runs, and reads its first weights, which are a program's arguments.
-# Results are the same. Off: in jax 0.11.2 none overlap in a CUDA graph, and outside one nothing is gained
-# (benchmarks/LOG.md).
-OVERLAPS = False
-
 
 def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
     """Whether so many tokens go through the stages where kernels for them exist, by the weights' form.
@@ -130,7 +125,7 @@ class _Shared:
         return projection.product(x, is_split=self.split[name], **rest)
 
     def project(self, products: list[Product]) -> list[Array]:
-        return project(products, mesh=self.mesh, overlaps=OVERLAPS, implementation=self.implementation)
+        return project(products, mesh=self.mesh, implementation=self.implementation)
 
 
 def _positions(decoder: FalconDecoder, step: Step, cache: KVCache, num_rows: int):
@@ -170,7 +165,6 @@ def _layer(
     attention, mlp = block.attention, block.mlp
     outputs = {"attention.output": attention.output, "mlp.down": mlp.down}
 
-    # Of several inputs attention's comes last: the others' products need not wait for it.
     def finish(inputs: dict[str, Array], residual, norms, meeting):
         projections = [outputs[name] for name in inputs]
         biases = [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")]
@@ -184,8 +178,6 @@ def _layer(
             meeting=meeting,
             mesh=shared.mesh,
             are_split=[shared.split[name] for name in inputs],
-            overlaps=OVERLAPS,
-            num_early=len(inputs) - 1,
             implementation=shared.implementation,
         )
 
@@ -238,7 +230,7 @@ def _attend(
         assert kept is not None  # slots came in
     else:
         kept = k.reshape(slots[0].shape), v.reshape(slots[1].shape)
-        out, after = attention.attend_to_cache(q, *kept, step, counters=counters, overlaps=OVERLAPS)
+        out, after = attention.attend_to_cache(q, *kept, step, counters=counters)
         assert after is not None  # they went in
         counters = after
     out = out.reshape(-1, out.shape[2] * H)

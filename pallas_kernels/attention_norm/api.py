@@ -33,8 +33,6 @@ def attention_norm(
     meeting: Int[Array, " M"] | None = None,
     mesh: Mesh | None = None,
     are_split: Sequence[bool] = (),
-    overlaps: bool = False,
-    num_early: int = 0,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows D"], list[Float[Array, "*rows D"]], Int[Array, " M"]]:
     """What a layer's output projections add to the residual, and the layer norms that the next stage reads.
@@ -48,12 +46,6 @@ def attention_norm(
         same time could keep each other's blocks from the GPU for ever.
       mesh, are_split: None, or a mesh, and for each x whether it and its weight's inputs lie over the mesh's tensor
         axis. Each device adds up its part, rounded to x's dtype; the sum over the axis, residual and norms follow.
-      overlaps: lets the launch after this one begin, and this one begin, while the launch before still runs (CUDA's
-        programmatic dependent launch). Weights are then read before it has ended: no launch of the program may write
-        them. For the kernel of up to 64 rows; others begin when the launch before has ended, as without it.
-      num_early: where launches overlap, how many of `xs`, the first, had been made, and the residual too, when the
-        launch before let this one begin; `decode_attention` waits for all before it does so. Their products are made
-        while that launch still runs.
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:
@@ -72,8 +64,7 @@ def attention_norm(
             f"attention_norm: `meeting` holds {meeting.size} numbers; so many rows and outputs take {needed}"
         )
     if size_of(mesh) > 1:
-        options = {"overlaps": overlaps, "implementation": implementation}
-        add = functools.partial(_add, num_outputs=residual.shape[-1], **options)
+        add = functools.partial(_add, num_outputs=residual.shape[-1], implementation=implementation)
         made = attention_norm_over(mesh, xs, weights, are_split, residual, norms, biases, epsilon, add)
         return *made, meeting
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
@@ -94,7 +85,7 @@ def attention_norm(
 
     out, normed, meeting = attention_norm_mosaic(
         [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, meeting,
-        epsilon=epsilon, overlaps=overlaps, num_early=num_early,
+        epsilon=epsilon,
     )  # fmt: skip
 
     def back(x: Array) -> Array:
@@ -103,9 +94,7 @@ def attention_norm(
     return back(out), [back(x) for x in normed], meeting
 
 
-def _add(
-    xs: Sequence[Array], weights: Sequence[Any], *, num_outputs: int, overlaps: bool, implementation: str | None
-) -> Array:
+def _add(xs: Sequence[Array], weights: Sequence[Any], *, num_outputs: int, implementation: str | None) -> Array:
     """What a device's products come to, rounded to x's dtype: [..., num_outputs]."""
     products = [Product(x, weight, num_outputs) for x, weight in zip(xs, weights, strict=True)]
     candidates = {"mosaic": lambda: _sum_reason(products), "xla": lambda: None}
@@ -115,7 +104,7 @@ def _add(
 
     from pallas_kernels.attention_norm.mosaic import add_mosaic
 
-    made = add_mosaic([in_eights(x) for x in xs], weights, num_outputs, overlaps=overlaps)
+    made = add_mosaic([in_eights(x) for x in xs], weights, num_outputs)
     return made[: products[0].num_rows].reshape(*xs[0].shape[:-1], num_outputs)
 
 

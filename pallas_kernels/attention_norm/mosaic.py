@@ -11,7 +11,8 @@ the array through which its blocks meet from the launch before.
 Without norms (`add_mosaic`) there is nothing to meet for.
 
 Where a GPU has more multiprocessors than a model has tiles, several blocks, a cluster, share out the inputs of a tile
-and meet in between, with the first of them doing the rest.
+and bring what they come to to the first of them, which does the rest: with 8 rows through its shared memory (parts.py),
+with more through device memory.
 
 Source of putting variances together: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing
 Sample Variances (1979).
@@ -30,12 +31,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
+from pallas_kernels.attention_norm import parts
 from pallas_kernels.attention_norm.meeting import padded_tiles
 from pallas_kernels.attention_norm.moments import count_of_launches, end_launch, publish, read
 from pallas_kernels.hopper import fence_memory, store, wait_until_results_have_left
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
-from pallas_kernels.quantized_matmul.plan import Launch, Plan, output_launch
+from pallas_kernels.quantized_matmul.plan import Launch, Plan, output_launch, sent_bytes
 from pallas_kernels.quantized_matmul.stream import ROWS, Stream, arrays_of, run, scratch
 
 PER_OUTPUT = ROWS.reduce(0)
@@ -50,8 +52,6 @@ def attention_norm_mosaic(
     meeting: Int[Array, " M"],
     *,
     epsilon: float,
-    overlaps: bool = False,
-    num_early: int = 0,
     plan: Plan | None = None,
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, " M"]]:
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the array `meeting` for the next
@@ -59,8 +59,7 @@ def attention_norm_mosaic(
     return _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting,
         shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon,
-        overlaps=overlaps, num_early=num_early, plan=plan,
-        num_sms=compat.num_sms(), interpretable=compat.interpreting(),
+        plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
 
 
@@ -69,7 +68,6 @@ def add_mosaic(
     weights: Sequence[Any],
     num_outputs: int,
     *,
-    overlaps: bool = False,
     plan: Plan | None = None,
 ) -> Float[Array, "R O"]:
     """The products alone, added up in float32 and rounded to x's dtype; rows are a multiple of 8.
@@ -79,18 +77,16 @@ def add_mosaic(
     shape = jax.ShapeDtypeStruct((xs[0].shape[0], num_outputs), xs[0].dtype)
     out, _, _ = _launch(
         list(xs), list(weights), [], None, [], None,
-        shape=shape, epsilon=0.0, overlaps=overlaps, num_early=0, plan=plan,
+        shape=shape, epsilon=0.0, plan=plan,
         num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
     return out
 
 
-@functools.partial(
-    jax.jit, static_argnames=("shape", "epsilon", "overlaps", "num_early", "plan", "num_sms", "interpretable")
-)
+@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "plan", "num_sms", "interpretable"))
 def _launch(
     xs, weights, biases, residual, norms, meeting,
-    *, shape: jax.ShapeDtypeStruct, epsilon: float, overlaps: bool, num_early: int,
+    *, shape: jax.ShapeDtypeStruct, epsilon: float,
     plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
     num_rows, width = shape.shape
@@ -108,7 +104,8 @@ def _launch(
     outputs: dict[str, Any] = {"out": shape, "normed": [shape] * len(norms)}
     if norms and interpretable:
         outputs["moments"] = jax.ShapeDtypeStruct((2, num_rows, padded_tiles(width)), jnp.float32)
-    if plan.splits > 1:
+    sends = not interpretable and sent_bytes(plan.splits, num_rows) > 0
+    if plan.splits > 1 and not sends:
         outputs["partial"] = jax.ShapeDtypeStruct((num_blocks, plan.width, plan.splits, num_rows, TILE), jnp.float32)
     given, treedef = jax.tree.flatten(inputs)
     made, made_treedef = jax.tree.flatten(outputs)
@@ -121,12 +118,16 @@ def _launch(
             return Stream(
                 launch, arrays["weights"],
                 block=block, split=split, warpgroup=warpgroup,
-                xs=arrays["xs"], smem=smem, overlaps=overlaps, num_early=num_early, interpretable=interpretable,
+                xs=arrays["xs"], smem=smem, interpretable=interpretable,
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
             _Block(settings, arrays, smem, stream, (warpgroup, block, split)).run()
 
+        if "parts" in smem:
+            parts.open_for_parts(smem, warpgroup)
+            if plan.producer:
+                pl.when(warpgroup == plan.warpgroups)(parts.wait_for_all_open)
         run(plan, warpgroup, make, consume)
 
     tile = functools.partial(plgpu.SMEM, dtype=shape.dtype)
@@ -143,7 +144,9 @@ def _launch(
     else:
         blocks = {"grid": (num_blocks,), "grid_names": ("block",)}
         blocks |= {"cluster": (plan.splits,), "cluster_names": ("split",)}
-    if plan.splits > 1:
+    if sends:
+        smem |= parts.buffers(plan, num_rows)
+    elif plan.splits > 1:
         smem["shared_out"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=1)
     results = plgpu.kernel(
         body,
@@ -199,15 +202,15 @@ class _Block:
 
     def run(self) -> None:
         self.stream.begin()
-        if not self.stream.num_early:  # else the launch before may not have ended
-            self.number_launch()
+        if self.meets_in_memory:
+            self.launch_number = count_of_launches(self.arrays["meeting"]) + 1
         is_last = (self.warpgroup == 0) & (self.split == 0)
         if "ready" in self.smem:
             pl.when(is_last)(self.fetch_rest)
 
         sums = self.stream.sums(jnp.int32(0))
-        if self.stream.num_early:
-            self.number_launch()
+        if "parts" in self.smem:
+            parts.wait_for_all_open()
         for i, partial in enumerate(sums):
             self.stream.gather(i, partial)
             if self.settings.plan.splits > 1:
@@ -218,11 +221,6 @@ class _Block:
             pl.when(self.warpgroup == 0)(self.meet_and_normalize)
         else:
             pl.when(is_last)(wait_until_results_have_left)
-
-    def number_launch(self) -> None:
-        """Once, when the launch before has ended and this block has published nothing."""
-        if self.meets_in_memory:
-            self.launch_number = count_of_launches(self.arrays["meeting"]) + 1
 
     @property
     def meets_in_memory(self) -> bool:
@@ -247,7 +245,11 @@ class _Block:
                 plgpu.copy_gmem_to_smem(column.at[outputs], target, self.smem["ready"])
 
     def share_out(self, i: int) -> None:
-        """Publishes this block's part of a tile's sums, and returns when the whole cluster has."""
+        """Brings this block's part of a tile's sums to the cluster's first block. By way of device memory, it returns
+        when the whole cluster has."""
+        if "parts" in self.smem:
+            pl.when(self.split > 0)(lambda: parts.send(self.smem, i, self.split, self.stream.gathered(i)))
+            return
         store(self.arrays["partial"].at[self.block, i, self.split], self.stream.gathered(i))
         if not self.settings.interpretable:
             fence_memory()
@@ -258,11 +260,15 @@ class _Block:
     def add_residual(self, i: int) -> None:
         """The tile of the new residual, and what the others must know of it."""
         settings = self.settings
-        if settings.plan.splits == 1:
-            y = self.stream.gathered(i)
+        if "shared_out" in self.smem:
+            shared = [_load(self.arrays["partial"].at[self.block, i, j], ROWS) for j in range(settings.plan.splits)]
+            y: Any = sum(shared[1:], shared[0])
         else:
-            parts = [_load(self.arrays["partial"].at[self.block, i, j], ROWS) for j in range(settings.plan.splits)]
-            y: Any = sum(parts[1:], parts[0])
+            y = self.stream.gathered(i)
+        if "parts" in self.smem:
+            if i == 0:
+                parts.wait_for_all_sent(self.smem)
+            y = parts.add_all(self.smem, i, y)
         if i == 0 and "ready" in self.smem:
             plgpu.barrier_wait(self.smem["ready"])
         for j in range(settings.num_biases):

@@ -20,7 +20,6 @@ def decode_attention(
     alibi: str = "float32",
     scale: float | None = None,
     page_table: Int[Array, "B max_pages"] | None = None,
-    overlaps: bool = False,
     implementation: str | None = None,
     mesh: Mesh | None = None,
     batch_axes: Sequence[str] = sharded.BATCH_AXES,
@@ -39,8 +38,6 @@ def decode_attention(
       scale: None is 1 / sqrt(H).
       page_table: key j of row b lies in slot j % 64 of page page_table[b, j // 64]. Entries past the row's last page
         are not looked at.
-      overlaps: lets the launch after this one begin, and this one begin, while the launch before still runs (CUDA's
-        programmatic dependent launch).
       implementation: "mosaic" (Hopper GPUs, bfloat16 and float16), "xla", or None for the first that takes the call.
         "cudnn", which `attention` knows, takes none.
       mesh: what the call runs on, where that is more than the default device. The kernel then runs on each device's
@@ -56,7 +53,7 @@ def decode_attention(
     """
     out, _ = decode_attention_in_chain(
         q, keys, values, lengths=lengths, counters=None, slopes=slopes, alibi=alibi, scale=scale,
-        page_table=page_table, overlaps=overlaps, implementation=implementation, mesh=mesh,
+        page_table=page_table, implementation=implementation, mesh=mesh,
         batch_axes=batch_axes, head_axis=head_axis,
     )  # fmt: skip
     return out
@@ -73,7 +70,6 @@ def decode_attention_in_chain(
     alibi: str = "float32",
     scale: float | None = None,
     page_table: Int[Array, "B max_pages"] | None = None,
-    overlaps: bool = False,
     implementation: str | None = None,
     mesh: Mesh | None = None,
     batch_axes: Sequence[str] = sharded.BATCH_AXES,
@@ -120,11 +116,10 @@ def decode_attention_in_chain(
     from pallas_kernels.decode_attention import mosaic
 
     if counters is not None and (mesh is None or mesh.size == 1):
-        options = {"alibi": alibi, "scale": scale, "overlaps": overlaps}
-        return mosaic.decode_in_chain_mosaic(*arrays, counters=counters, **options)
+        return mosaic.decode_in_chain_mosaic(*arrays, counters=counters, alibi=alibi, scale=scale)
 
     def run(q, keys, values, lengths, slopes, page_table):
-        return mosaic.decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table, overlaps=overlaps)
+        return mosaic.decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table)
 
     cache = "B S K H" if page_table is None else "P S K H"
     letters = ("B N H", cache, cache, "B", "N", "B M")

@@ -39,10 +39,8 @@ from pallas_kernels.flash_attention.reference import MASKED, hf_bf16_bias
 from pallas_kernels.hopper import (
     LOG2E,
     filled,
-    let_next_launch_begin,
     rounded,
     tiled,
-    wait_for_launch_before,
     wait_until_results_have_left,
 )
 
@@ -75,14 +73,13 @@ def decode_mosaic(
     scale: float,
     page_table: Int[Array, "B max_pages"] | None,
     *,
-    overlaps: bool = False,
     plan: Plan | None = None,
 ) -> Float[Array, "R N H"]:
     """`decode_attention` by the kernel; its arguments, all given. `plan` None takes the tuned one.
 
     Under vmap the mapped calls become rows of one launch; slopes may not be mapped over.
     """
-    options = {"alibi": alibi, "scale": scale, "overlaps": overlaps, "plan": plan}
+    options = {"alibi": alibi, "scale": scale, "plan": plan}
     options |= {"num_sms": compat.num_sms(), "interpretable": compat.interpreting()}
 
     def run(*arrays: Any) -> Array:
@@ -110,25 +107,25 @@ def decode_mosaic(
         B = lengths.shape[-1]
         idle = q.shape[-3] - B  # rows without a length, which would stand between those of the mapped calls
         q, lengths = rows(q[..., :B, :, :], q_mapped), rows(lengths, lengths_mapped)
-        out = decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table, overlaps=overlaps, plan=plan)
+        out = decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table, plan=plan)
         return jnp.pad(out.reshape(axis_size, B, *out.shape[1:]), ((0, 0), (0, idle), (0, 0), (0, 0))), True
 
     return launch(q, keys, values, lengths, slopes, page_table)
 
 
 def decode_in_chain_mosaic(
-    *arrays: Any, counters: Int[Array, " _"], alibi: str, scale: float, overlaps: bool
+    *arrays: Any, counters: Int[Array, " _"], alibi: str, scale: float
 ) -> tuple[Float[Array, "R N H"], Int[Array, " _"]]:
     """`decode_mosaic` without vmap, for arrays in its order; and the counters for the next launch."""
     options = {"num_sms": compat.num_sms(), "interpretable": compat.interpreting()}
-    return _launch(*arrays, counters, alibi=alibi, scale=scale, overlaps=overlaps, plan=None, **options)
+    return _launch(*arrays, counters, alibi=alibi, scale=scale, plan=None, **options)
 
 
 # Compiled once a shape: what calls this in every layer would otherwise lower the kernel in every layer.
-@functools.partial(jax.jit, static_argnames=("alibi", "scale", "overlaps", "plan", "num_sms", "interpretable"))
+@functools.partial(jax.jit, static_argnames=("alibi", "scale", "plan", "num_sms", "interpretable"))
 def _launch(
     q, keys, values, lengths, slopes, page_table, counters,
-    *, alibi: str, scale: float, overlaps: bool, plan: Plan | None, num_sms: int, interpretable: bool,
+    *, alibi: str, scale: float, plan: Plan | None, num_sms: int, interpretable: bool,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     num_rows, N, H = q.shape
     B, K = lengths.shape[0], keys.shape[2]
@@ -185,7 +182,7 @@ def _launch(
     inputs |= {name: x for name, x in {"slopes": slopes, "table": page_table}.items() if x is not None}
     if plan.through_memory and not interpretable:
         inputs["counters"] = jax.new_ref(jnp.zeros(shape.pairs(plan), jnp.int32) if counters is None else counters)
-    settings = _Settings(shape, plan, exchange, alibi, scale, overlaps and not interpretable, interpretable)
+    settings = _Settings(shape, plan, exchange, alibi, scale, interpretable)
     # Pallas adds a barrier of the warpgroup wherever shared memory changes hands, some 5 a tile. Here warps meet where
     # they must: in over_keys, in commit_smem and at barriers in memory. Where results go through memory, Pallas' own
     # sums want theirs.
@@ -222,7 +219,6 @@ class _Settings:
     exchange: cluster.Exchange | None
     alibi: str
     scale: float
-    overlaps: bool
     interpretable: bool
 
 
@@ -244,10 +240,6 @@ class _Warpgroup:
         self.stream = self.index * self.plan.splits + self.split
 
     def run(self) -> None:
-        if self.settings.overlaps:
-            # In this order: the next launch may read what was made before this one (attention_norm's `num_early`).
-            wait_for_launch_before()
-            let_next_launch_begin()
         # The first tile is the same whatever the row's length is, and need not wait for that; of pages it does.
         early = not self.is_paged
         has_first = self.stream * self.plan.keys < self.shape.capacity

@@ -51,7 +51,6 @@ def project(
     products: Sequence[Product],
     *,
     mesh: Mesh | None = None,
-    overlaps: bool = False,
     implementation: str | None = None,
 ) -> list[Float[Array, "*rows O"]]:
     """Several products at once: the input stage of a layer, whose projections read one normalized input or two.
@@ -60,9 +59,6 @@ def project(
       products: weights of one form, all with as many inputs and rows.
       mesh: None, or one whose tensor axis the products' `is_split` is about. Each device makes its own outputs, and
         all others too; nothing is exchanged.
-      overlaps: lets the launch after this one begin, and this one begin, while the launch before still runs (CUDA's
-        programmatic dependent launch). Weights are then read before it has ended: no launch of the program may write
-        them. For the kernel of up to 64 rows; others begin when the launch before has ended, as without it.
       implementation: "mosaic" (Hopper GPUs, bfloat16: one launch), "xla", or None for the faster one that takes the
         call.
 
@@ -76,7 +72,7 @@ def project(
     for product in products:
         product.check("project")
     if size_of(mesh) > 1:
-        on_device = functools.partial(project, overlaps=overlaps, implementation=implementation)
+        on_device = functools.partial(project, implementation=implementation)
         return project_over(mesh, products, on_device)
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
@@ -92,7 +88,7 @@ def project(
 
     from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
-    made = project_mosaic([_in_eights(product) for product in products], overlaps=overlaps)
+    made = project_mosaic([_in_eights(product) for product in products])
     return [
         y if product.slots is not None else y[: product.num_rows].reshape(shape)
         for y, product, shape in zip(made, products, shapes, strict=True)

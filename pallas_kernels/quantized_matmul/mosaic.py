@@ -21,21 +21,17 @@ from pallas_kernels.quantized_matmul.stream import HALF_ROWS, ROWS, Stream, arra
 HALF = TILE // 2
 
 
-def project_mosaic(
-    products: Sequence[Product], *, overlaps: bool = False, plan: Plan | None = None
-) -> list[Float[Array, "_ O"]]:
+def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> list[Float[Array, "_ O"]]:
     """All products, in one launch. Weights of one form, all with as many inputs.
 
     Rows are a multiple of 8 here: what stands in the last ones may be anything, and makes anything.
     """
     interpretable = compat.interpreting()
-    return _launch(list(products), overlaps=overlaps, plan=plan, num_sms=compat.num_sms(), interpretable=interpretable)
+    return _launch(list(products), plan=plan, num_sms=compat.num_sms(), interpretable=interpretable)
 
 
-@functools.partial(jax.jit, static_argnames=("overlaps", "plan", "num_sms", "interpretable"))
-def _launch(
-    products: list[Product], *, overlaps: bool, plan: Plan | None, num_sms: int, interpretable: bool
-) -> list[Array]:
+@functools.partial(jax.jit, static_argnames=("plan", "num_sms", "interpretable"))
+def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpretable: bool) -> list[Array]:
     num_rows = products[0].x.shape[0]
     weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
     launch = input_launch(weights, outputs, num_rows, num_sms, plan)
@@ -67,7 +63,7 @@ def _launch(
             return Stream(
                 launch, [g["weights"] for g in given],
                 block=block, split=jnp.int32(0), warpgroup=warpgroup,
-                xs=[g["x"] for g in given], smem=smem, overlaps=overlaps, interpretable=interpretable,
+                xs=[g["x"] for g in given], smem=smem, interpretable=interpretable,
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:

@@ -129,6 +129,12 @@ def output_launch(
     return Launch(operands, plan, -(-operands[0].num_tiles // plan.width))
 
 
+def sent_bytes(splits: int, num_rows: int) -> int:
+    """What a cluster's first block gets of a tile from the others, in shared memory: of more than 8 rows nothing, as
+    there chunks need the room."""
+    return 4 * (splits - 1) * num_rows * TILE if num_rows == 8 else 0
+
+
 def output_plan(form: str, width: int, num_rows: int, num_norms: int, num_sms: int) -> Plan:
     """One or two blocks a multiprocessor, several of them on a tile where there are fewer tiles."""
     tiles = -(-width // TILE)
@@ -142,6 +148,7 @@ def output_plan(form: str, width: int, num_rows: int, num_norms: int, num_sms: i
         splits, per_sm, most_warpgroups = 2 * splits, 4, 1
     at_once = -(-tiles // num_sms)
     after = (at_once + num_norms) * num_rows * TILE * 2 + at_once * (2 * num_norms + 2) * TILE * 2
+    after += at_once * sent_bytes(splits, num_rows)
     return fitting_plan(
         form,
         num_rows,

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import filled, let_next_launch_begin, tiled, wait_for_launch_before
+from pallas_kernels.hopper import filled, tiled
 from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, storage
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
@@ -91,8 +91,6 @@ class Stream:
       block, split, warpgroup: whose it is.
       xs: each operand's x [R, I] in device memory.
       smem: as `scratch` says.
-      overlaps: whether the launch runs beside the end of the one before, and the beginning of the one after.
-      num_early: of `xs`, how many, the first, were there before the launch before let this one begin.
     """
 
     def __init__(
@@ -105,11 +103,8 @@ class Stream:
         warpgroup: Any,
         xs: Sequence[Any],
         smem: dict[str, Any],
-        overlaps: bool,
-        num_early: int = 0,
         interpretable: bool,
     ):
-        self.overlaps, self.num_early = overlaps and not interpretable, num_early
         self.launch, self.operands, self.plan, self.form = launch, launch.operands, launch.plan, launch.form
         self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
         plan, self.is_sum = self.plan, launch.is_sum
@@ -130,14 +125,9 @@ class Stream:
         self.total = self.per_turn * self.num_turns
 
     def begin(self) -> None:
-        """Starts the first copies, where the plan has no producer for them. Unless some of `xs` were there early, the
-        launch before has ended then."""
-        if self.overlaps:
-            let_next_launch_begin()
+        """Starts the first copies, where the plan has no producer for them."""
         if not self.plan.producer:
             self._start_first(self._start)
-        elif self.overlaps and not self.num_early:
-            wait_for_launch_before()
 
     def produce(self) -> None:
         """Starts all copies, as `warpgroup` empties its stages: what a warp of the producer does."""
@@ -153,22 +143,16 @@ class Stream:
         lax.fori_loop(self.plan.stages, self.total + self.plan.stages, start, None)
 
     def _start_first(self, start: Callable[..., None]) -> None:
-        """Starts the copies of as many chunks as there are stages. The launch before makes x, and no weights."""
-        first = [jnp.int32(n) for n in range(self.plan.stages)]
-        weights_first = self.overlaps and not self.num_early
-        if weights_first:
-            for n in first:
-                start(n, of_x=False)
-            wait_for_launch_before()
-        for n in first:
-            start(n, of_weights=not weights_first)
+        """Starts the copies of as many chunks as there are stages."""
+        for n in range(self.plan.stages):
+            start(jnp.int32(n))
 
-    def _start(self, n: Any, **parts: bool) -> None:
+    def _start(self, n: Any) -> None:
         """`_copy` by one warp, while the others go on."""
 
         @plgpu.warp_map
         def _in_a_warp(warp: Any) -> None:
-            pl.when(warp == 0)(lambda: self._copy(n, **parts))
+            pl.when(warp == 0)(lambda: self._copy(n))
 
     def tile(self, turn: Any, i: int) -> Any:
         """The i-th tile of a turn, counted in the launch. The last ones may not exist."""
@@ -181,15 +165,13 @@ class Stream:
         for count in self.counts:
             totals = lax.fori_loop(0, count, functools.partial(self._add_chunk, start), totals)
             start += count
-        if self.overlaps and self.num_early:
-            wait_for_launch_before()  # also where this warpgroup had nothing to read of what that one made
         return totals
 
-    def _copy(self, n: Any, **parts: bool) -> None:
-        """Starts the copies of this warpgroup's n-th chunk, if there is one, or those of a part of it."""
-        pl.when(n < self.total)(lambda: self._copy_chunk(n, **parts))
+    def _copy(self, n: Any) -> None:
+        """Starts the copies of this warpgroup's n-th chunk, if there is one."""
+        pl.when(n < self.total)(lambda: self._copy_chunk(n))
 
-    def _copy_chunk(self, n: Any, **parts: bool) -> None:
+    def _copy_chunk(self, n: Any) -> None:
         turn, within = jnp.int32(0), n
         if not self.has_one_turn:
             per_turn = jnp.maximum(self.per_turn, 1)
@@ -200,24 +182,19 @@ class Stream:
             for k, operand in enumerate(self.operands):
                 own = tile - operand.first_tile
                 is_own = (own >= 0) & (own < operand.num_tiles)
-                pl.when(is_own)(functools.partial(self._copy_term, k, slot, within, [own], **parts))
+                pl.when(is_own)(functools.partial(self._copy_term, k, slot, within, [own]))
             return
         # A tile that does not exist is the last one once more.
         tiles = [jnp.minimum(self.tile(turn, i), self.launch.num_tiles - 1) for i in range(self.plan.width)]
         for k, count in enumerate(self.counts):
-            copy = functools.partial(self._copy_term, k, slot, within, tiles, **parts)
+            copy = functools.partial(self._copy_term, k, slot, within, tiles)
             pl.when((within >= 0) & (within < count))(copy)
             within = within - count
 
-    def _copy_term(
-        self, k: int, slot: Any, within: Any, tiles: list[Any], of_x: bool = True, of_weights: bool = True
-    ) -> None:
-        for i, tile in enumerate(tiles if of_weights else []):
+    def _copy_term(self, k: int, slot: Any, within: Any, tiles: list[Any]) -> None:
+        for i, tile in enumerate(tiles):
             self._copy_tile(k, slot, within, i, tile)
-        if of_x:
-            if self.overlaps and 0 < self.num_early <= k:
-                wait_for_launch_before()
-            self._copy_x(k, slot, within)
+        self._copy_x(k, slot, within)
 
     def _group(self, within: Any) -> Any:
         """The first group of this warpgroup's chunk of that number."""

@@ -34,15 +34,15 @@ def test_a_layer_reads_all_of_its_projections(name):
 
 
 def test_a_variant_is_called_by_what_it_changes():
-    variant = kernel_stages.Variant.of({"overlaps": True, "cuda_graphs": False, "warpgroups": 6, "stages": 2})
-    assert str(variant) == "ours overlaps no graphs warpgroups=6 stages=2" and variant.compiler_options
+    variant = kernel_stages.Variant.of({"cuda_graphs": False, "warpgroups": 6, "stages": 2})
+    assert str(variant) == "ours no graphs warpgroups=6 stages=2" and variant.compiler_options
     assert str(kernel_stages.Variant()) == "ours" and kernel_stages.Variant().compiler_options is None
-    arguments = stages.Arguments(variants=("overlaps=true", "producer=true,warpgroups=6"))
-    assert list(map(str, stages.variants_of(arguments))) == ["ours overlaps", "ours producer=True warpgroups=6"]
-    with pytest.raises(RequestError, match="--variants speed is unknown; known are overlaps, cuda_graphs, warpgroups"):
+    arguments = stages.Arguments(variants=("cuda_graphs=false", "producer=true,warpgroups=6"))
+    assert list(map(str, stages.variants_of(arguments))) == ["ours no graphs", "ours producer=True warpgroups=6"]
+    with pytest.raises(RequestError, match="--variants speed is unknown; known are cuda_graphs, warpgroups"):
         stages.variants_of(stages.Arguments(variants=("speed=2",)))
-    with pytest.raises(RequestError, match="--variants overlaps is yes; it must be true or false"):
-        stages.variants_of(stages.Arguments(variants=("overlaps=yes",)))
+    with pytest.raises(RequestError, match="--variants cuda_graphs is yes; it must be true or false"):
+        stages.variants_of(stages.Arguments(variants=("cuda_graphs=yes",)))
 
 
 def test_bad_arguments_are_named():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, shapes
-from pallas_kernels.attention_norm import attention_norm, new_meeting
+from pallas_kernels.attention_norm import attention_norm
 from pallas_kernels.attention_norm.mosaic import add_mosaic
 from pallas_kernels.attention_norm.reference import add_xla, attention_norm_reference
 from pallas_kernels.decode_attention import decode_attention, decode_attention_in_chain, mosaic
@@ -337,40 +337,6 @@ def test_a_devices_part_of_an_output_stage(width, sizes, form):
     nothing = jnp.zeros((8, width), jnp.float32)
     exact, _ = attention_norm_reference([x.astype(jnp.float32) for x in xs], weights, [], nothing, [], 1e-5)
     require_close(jax.jit(add_mosaic, static_argnums=2)(xs, weights, width), plain, exact)
-
-
-@pytest.mark.parametrize("form", ["native", "int8", "int4"])
-@pytest.mark.parametrize(("width", "mlp_width"), [(2048, 8192), (4544, 18176)])
-def test_launches_that_overlap_give_the_same_bits(width, mlp_width, form):
-    def weight(seed: int, *shape: int):
-        w = jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16) * shape[0] ** -0.5
-        return w if form == "native" else quantize(w, form)
-
-    x = jax.random.normal(jax.random.key(4), (8, width)).astype(jnp.bfloat16)
-    norm = jnp.ones(width, jnp.bfloat16), jnp.zeros(width, jnp.bfloat16)
-
-    # Kernels of a CUDA graph may each be a graph of its own, where nothing overlaps: launched one by one they do.
-    @functools.partial(jax.jit, static_argnames="overlaps", compiler_options={"xla_gpu_enable_command_buffer": ""})
-    def chain(x, up, down, norm, *, overlaps: bool):
-        def layer(_, carry):
-            residual, normed, meeting = carry
-            (hidden,) = project(
-                [Product(normed, up, mlp_width, None, "gelu")], overlaps=overlaps, implementation="mosaic"
-            )
-            residual, (normed,), meeting = attention_norm(
-                [hidden], [down], residual, [norm],
-                epsilon=1e-5, meeting=meeting, overlaps=overlaps, implementation="mosaic",
-            )  # fmt: skip
-            return residual, normed, meeting
-
-        carry = x, x, new_meeting(8, width)
-        for _ in range(8):
-            carry = layer(0, carry)
-        return jax.lax.fori_loop(0, 1000, layer, carry)[:2]
-
-    arguments = x, weight(1, width, mlp_width), weight(2, mlp_width, width), norm
-    for alone, overlapping in zip(chain(*arguments, overlaps=False), chain(*arguments, overlaps=True)):
-        np.testing.assert_array_equal(alone, overlapping)
 
 
 # Stages of many rows
