@@ -53,6 +53,7 @@ TRAINING_RW_1B, TRAINING_7B = "training-rw-1b-h200.json", "training-7b-h200.json
 INT4, INT8, BF16, BF16_ROWS = (f"runs.1.results.{i}" for i in (0, 2, 4, 6))
 BF16_SHORT, LONG, LONGEST, BF16_7B = (f"runs.1.results.{i}" for i in (5, 7, 8, 9))
 RW_1B, WIDTH_7B, LORA = "cases.rw-1b.bars.0.best", "cases.7b-width.bars.0.best", "cases.7b-lora.bars"
+SEED_SHORT, SEED = (f"models.0.rows.{row}.results" for row in ("first_token", "decode"))
 # Where a case of the kernels' files ends and its contestants begin.
 ALIBI = "cases.falcon-40b-alibi T=4096, forward.contestants"
 ALIBI_GRADIENTS = "cases.falcon-40b-alibi T=4096, forward + backward.contestants"
@@ -164,11 +165,39 @@ ROWS = (
         STEPS,
     ),
     Row(
-        "steps alone after 4,000 tokens, falcon-rw-1b's shape in bf16; falcon-40b-alibi's in 4 bits, one row and four",
-        "{runs.1.cases.0.decode_tokens_per_s:.0f} tokens/s, {runs.1.cases.0.share_of_read_limit*100:.0f} % of the read "
-        "limit; {runs.2.cases.0.decode_tokens_per_s:.0f} and {runs.2.cases.1.decode_tokens_per_s:.0f}",
+        "steps alone after 4,000 tokens, falcon-7b's shape in bf16; falcon-rw-1b's",
+        "{runs.0.cases.0.decode_tokens_per_s:.0f} tokens/s, {runs.0.cases.0.share_of_read_limit*100:.0f} % of the read "
+        "limit; {runs.0.cases.1.decode_tokens_per_s:.0f}, {runs.0.cases.1.share_of_read_limit*100:.0f} %",
         "",
         "decoding-h200.json",
+    ),
+    Row(
+        "falcon-40b-alibi's with one; four; sixteen rows, weights of 8 bits, and of 4 bits",
+        "{runs.2.cases.0.decode_tokens_per_s:.0f}; {runs.2.cases.1.decode_tokens_per_s:.0f}; "
+        "{runs.2.cases.2.decode_tokens_per_s:,.0f} tokens/s, and {runs.1.cases.0.decode_tokens_per_s:.0f}; "
+        "{runs.1.cases.1.decode_tokens_per_s:.0f}; {runs.1.cases.2.decode_tokens_per_s:,.0f}",
+        "",
+        "decoding-h200.json",
+    ),
+    Row(
+        "falcon-40b-alibi's shape in bf16, one H200: first token of 512; 4,000 tokens; decode after those",
+        f"{{{SEED_SHORT}.falcon_jax.first_token_ms:.0f}} ms; {{{SEED}.falcon_jax.first_token_ms:.0f}} ms; "
+        f"{{{SEED}.falcon_jax.decode_tokens_per_s:.0f}} tokens/s",
+        f"transformers {{{SEED_SHORT}.transformers.first_token_ms:.0f}} ms; "
+        f"{{{SEED}.transformers.first_token_ms:,.0f}} ms; {{{SEED}.transformers.decode_tokens_per_s:.0f}}",
+        "seed-alibi-h200.json",
+    ),
+    Row(
+        "falcon-7b from process start to its first text, one H200, programs compiled before; not",
+        "{results.warm.first_token_s:.1f} s; {results.cold.first_token_s:.1f} s",
+        "{read_s:.0f} s to read its files",
+        "start-up-falcon-7b-h200.json",
+    ),
+    Row(
+        "falcon-40b-alibi's shape, 16 layers in bf16, over two H200: decode after 4,000 tokens, one row; sixteen",
+        "{runs.2.results.0.decode_tokens_per_s:.0f}; {runs.2.results.1.decode_tokens_per_s:,.0f} tokens/s",
+        "",
+        "several-2-h200.json",
     ),
     Row(
         "its fused output stage with the norm, up to 8 rows, bf16; int8; int4: share of the read limit",

@@ -24,12 +24,12 @@ from falcon_jax.generate.sampling import Sampling
 WITH_COLLECTIVES = "--xla_gpu_enable_command_buffer=+COLLECTIVES"
 # By default XLA adds up a few rows by a kernel of its own, which reads the other devices' memory, and not by NCCL.
 BY_NCCL = "--xla_gpu_experimental_use_collective_kernels="
-# By default XLA makes no graph of fewer than five launches; between two all-reduces of a parallel layer stand four.
-SMALL_GRAPHS = "--xla_gpu_graph_min_graph_size=2"
+# XLA's own least, where generate/programs.py wants two: between two all-reduces of a parallel layer stand four.
+LARGE_GRAPHS = "--xla_gpu_graph_min_graph_size=5"
 # What is captured in CUDA graphs -> XLA's flags.
 GRAPHS = {
     "as by default": "",
-    "as by default, and of two launches": SMALL_GRAPHS,
+    "as by default, of five launches": LARGE_GRAPHS,
     "collectives too": WITH_COLLECTIVES,
     "none": "",
     "as by default, sums by NCCL": BY_NCCL,

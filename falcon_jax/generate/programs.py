@@ -29,6 +29,9 @@ WITH_LOOPS_IN_CUDA_GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
 WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+# What several devices send one another is in no graph, by XLA's choice, and between two such sums a layer has four
+# launches: XLA makes no graph of fewer than five.
+WITH_SMALL_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 2}
 
 
 class Program[**P, R]:
@@ -36,8 +39,8 @@ class Program[**P, R]:
 
     Args:
       function: takes its `model`, which is static, by keyword.
-      loops: whether it is a loop, which on one device belongs into a CUDA graph as a whole. What several devices send
-        one another is in none, by XLA's choice, and so no loop around it can be. A choice in XLA_FLAGS stands.
+      loops: whether it is a loop, which on one device belongs into a CUDA graph as a whole; over several, where a loop
+        around what they send one another cannot, in graphs as small as its parts are. A choice in XLA_FLAGS stands.
       options: of jax.jit, without "model" among the static arguments.
     """
 
@@ -53,9 +56,13 @@ class Program[**P, R]:
         # jax.jit takes XLA's options where it wraps and not where it is called.
         wrap = functools.partial(jax.jit, function, static_argnames=("model", *names), **options)
         self._default = wrap()
-        has_choice = "xla_gpu_enable_command_buffer" in os.environ.get("XLA_FLAGS", "")
-        captures_loops = loops and not has_choice
-        self._with_loops = wrap(compiler_options=WITH_LOOPS_IN_CUDA_GRAPHS) if captures_loops else self._default
+        flags = os.environ.get("XLA_FLAGS", "")
+
+        def unless_chosen(options: dict[str, Any]) -> Any:
+            return self._default if any(name in flags for name in options) else wrap(compiler_options=options)
+
+        self._on_one_device = unless_chosen(WITH_LOOPS_IN_CUDA_GRAPHS) if loops else self._default
+        self._over_mesh = unless_chosen(WITH_SMALL_CUDA_GRAPHS) if loops else self._default
         self._without_cuda_graphs = wrap(compiler_options=WITHOUT_CUDA_GRAPHS)
         functools.update_wrapper(self, function)
 
@@ -70,7 +77,7 @@ class Program[**P, R]:
         model: Model = keywords["model"]
         if not model.cuda_graphs:
             return self._without_cuda_graphs
-        return self._with_loops if model.mesh is None else self._default
+        return self._on_one_device if model.mesh is None else self._over_mesh
 
 
 @functools.partial(Program, static_argnames="is_first", donate_argnames=("cache", "last"))

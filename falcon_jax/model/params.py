@@ -51,15 +51,16 @@ def init(
     are quantized one by one where `weights` says so, from the numbers that they would have without.
     """
     kinds = {path: param.init for path, param in _walk_declared(config, "native")}
-    made = {}
-    for number, (path, leaf) in enumerate(flatten(abstract(config, dtype)).items()):
+    leaves, made = list(enumerate(flatten(abstract(config, dtype)).items())), {}
+    # The largest first: what it takes to make an array comes on top of all that are there.
+    for number, (path, leaf) in sorted(leaves, key=lambda item: -item[1][1].size):
         layouts = {
             name: None if mesh is None else sharding.param_sharding(name, part.shape, mesh)
             for name, part in quantize.described(path, leaf.shape, leaf.dtype, weights).items()
         }
         fill = _filler(kinds[path], leaf.shape, leaf.dtype, config.initializer_range, layouts.get(path))
-        made |= quantize.on_device(path, fill(jax.random.fold_in(key, number)), weights, layouts)
-    return unflatten(made)
+        made[path] = quantize.on_device(path, fill(jax.random.fold_in(key, number)), weights, layouts)
+    return unflatten({name: part for _, (path, _) in leaves for name, part in made[path].items()})
 
 
 def weights_of(params: Params) -> str:

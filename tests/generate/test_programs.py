@@ -38,17 +38,27 @@ def test_the_option_reaches_xla_only_where_graphs_are_off(monkeypatch):
         program.lower(jnp.ones(3), factor=2, model=NOT_CAPTURED).compile()
 
 
-def test_loops_are_captured_whole_on_one_device_alone(monkeypatch, cpu_devices):
+def test_loops_are_captured_whole_on_one_device_and_in_parts_over_a_mesh(monkeypatch, cpu_devices):
     monkeypatch.setattr(programs, "WITH_LOOPS_IN_CUDA_GRAPHS", {"xla_gpu_no_such_option": ""})
+    monkeypatch.setattr(programs, "WITH_SMALL_CUDA_GRAPHS", {"xla_gpu_nor_this": ""})
     loop, other = (programs.Program(scale, static_argnames="factor", loops=loops) for loops in (True, False))
     over_a_mesh = CAPTURED._replace(mesh=jax.make_mesh((1,), ("tensor",), devices=cpu_devices[:1]))
-    for program, model in ((other, CAPTURED), (loop, over_a_mesh), (loop, NOT_CAPTURED)):
+    for program, model in ((other, CAPTURED), (other, over_a_mesh), (loop, NOT_CAPTURED)):
         assert program(jnp.ones(3), factor=2, model=model).tolist() == [2, 2, 2]
-    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
-        loop(jnp.ones(3), factor=2, model=CAPTURED)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=+COLLECTIVES")
+    for model, option in ((CAPTURED, "xla_gpu_no_such_option"), (over_a_mesh, "xla_gpu_nor_this")):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=option):
+            loop(jnp.ones(3), factor=2, model=model)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_no_such_option=x --xla_gpu_nor_this=5")
     chosen = programs.Program(scale, static_argnames="factor", loops=True)
-    assert chosen(jnp.ones(3), factor=2, model=CAPTURED).tolist() == [2, 2, 2]
+    for model in (CAPTURED, over_a_mesh):
+        assert chosen(jnp.ones(3), factor=2, model=model).tolist() == [2, 2, 2]
+
+
+def test_the_default_options_are_known_to_xla():
+    for options in (
+        programs.WITH_LOOPS_IN_CUDA_GRAPHS, programs.WITH_SMALL_CUDA_GRAPHS, programs.WITHOUT_CUDA_GRAPHS,
+    ):  # fmt: skip
+        assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 
 @pytest.mark.parametrize("model", [CAPTURED, NOT_CAPTURED], ids=["captured", "not captured"])
