@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
+from pallas_kernels import compat, sending
 from pallas_kernels.attention_norm import parts
 from pallas_kernels.attention_norm.meeting import padded_tiles
 from pallas_kernels.attention_norm.moments import count_of_launches, end_launch, publish, read
@@ -125,9 +125,9 @@ def _launch(
             _Block(settings, arrays, smem, stream, (warpgroup, block, split)).run()
 
         if "parts" in smem:
-            parts.open_for_parts(smem, warpgroup)
+            parts.expect_all(smem, warpgroup)
             if plan.producer:
-                pl.when(warpgroup == plan.warpgroups)(parts.wait_for_all_open)
+                pl.when(warpgroup == plan.warpgroups)(sending.wait_for_all_open)
         run(plan, warpgroup, make, consume)
 
     tile = functools.partial(plgpu.SMEM, dtype=shape.dtype)
@@ -210,7 +210,7 @@ class _Block:
 
         sums = self.stream.sums(jnp.int32(0))
         if "parts" in self.smem:
-            parts.wait_for_all_open()
+            sending.wait_for_all_open()
         for i, partial in enumerate(sums):
             self.stream.gather(i, partial)
             if self.settings.plan.splits > 1:

@@ -7,9 +7,6 @@ through device memory.
 Sums are an array [H, heads], laid out as the matrix instruction leaves it: each 64 rows by 8 columns of it are four
 numbers of every thread (two rows, two columns), here called a piece. Pieces travel as 16 bytes a thread, thread beside
 thread, so that what a warp writes or reads is one stretch.
-
-What is sent to a block reports to a barrier there, which counts bytes. So nobody needs a fence for what it has written
-(one takes over a microsecond), nor has to wait before it ends: all that is meant for it has come.
 """
 
 import dataclasses
@@ -22,10 +19,10 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxlib.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, sending
 from pallas_kernels.instructions import (
     REF,
     SCALAR,
@@ -78,7 +75,7 @@ class Exchange:
         """Shared memory: for what warpgroups leave each other, and for what the blocks send this one."""
         floats = _PIECE_BYTES // 4
         buffers = {"sent": plgpu.SMEM((self.shares_of_block, self.blocks, 2, _LANES, floats), jnp.float32)}
-        buffers["arrived"] = plgpu.SMEM((2,), jnp.int32)
+        buffers["arrived"] = sending.barrier()
         if self.warpgroups > 1:
             buffers["left"] = plgpu.SMEM((self.warpgroups, self.pieces, THREADS, floats), jnp.float32)
             buffers["left_weights"] = plgpu.SMEM((self.warpgroups, self.heads, 2), jnp.float32)
@@ -94,39 +91,23 @@ class Exchange:
 
         @inlined(REF, SCALAR, SCALAR)
         def emit(_, arrived, warpgroup, block):
-            is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(scalar(warpgroup), own_thread()), integer(0))
-            with mgpu.utils.when(is_first):
-                num_shares = arith.divui(
-                    arith.subi(integer(self.pieces * _WARPS + self.blocks - 1), scalar(block)), integer(self.blocks)
-                )
-                num_bytes = arith.muli(num_shares, integer(self.blocks * 2 * _LANES * _PIECE_BYTES))
-                at = shared_address(arrived)
-                do("mbarrier.init.shared::cta.b64 [$0], 1;", at)
-                do("fence.mbarrier_init.release.cluster;")
-                do("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", at, num_bytes)
-            do("barrier.cluster.arrive.relaxed;")
+            num_shares = arith.divui(
+                arith.subi(integer(self.pieces * _WARPS + self.blocks - 1), scalar(block)), integer(self.blocks)
+            )
+            num_bytes = arith.muli(num_shares, integer(self.blocks * 2 * _LANES * _PIECE_BYTES))
+            sending.expect(arrived, scalar(warpgroup), num_bytes)
 
         if self.blocks > 1:
             emit(smem["arrived"], jnp.int32(warpgroup), jnp.int32(block))
 
     def wait_for_all_open(self) -> None:
         """Before this nobody may send."""
-
-        @inlined()
-        def emit(_: Any = None):
-            do("barrier.cluster.wait.acquire;")
-
         if self.blocks > 1:
-            emit()
+            sending.wait_for_all_open()
 
     def wait_for_all_sent(self, smem: dict[str, Any]) -> None:
         """Among several blocks: returns when all that is meant for this one has come."""
-
-        @inlined(REF)
-        def emit(_, arrived):
-            nvvm.mbarrier_try_wait_parity(mgpu.utils.memref_ptr(arrived), integer(0), integer(10_000_000))
-
-        emit(smem["arrived"])
+        sending.wait_for_all_sent(smem["arrived"])
 
     def leave(self, smem: dict[str, Any], warpgroup: Any, sums: Any, maxima: Any, totals: Any) -> None:
         """Leaves a warpgroup's results to the others of its block."""
@@ -236,10 +217,9 @@ class Exchange:
             _store4(here, piece)
             _store4(arith.addi(here, weights_offset), weights)
             return
-        there, barrier = _in_block(here, target), _in_block(shared_address(arrived), target)
-        ptx = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$1, $2, $3, $4}, [$5];"
-        do(ptx, there, *piece, barrier)
-        do(ptx, arith.addi(there, weights_offset), *weights, barrier)
+        there, barrier = sending.in_block(here, target), sending.in_block(shared_address(arrived), target)
+        sending.send4(there, piece, barrier)
+        sending.send4(arith.addi(there, weights_offset), weights, barrier)
 
     def _finish(self, sent: Any, out: Any, share: Any, slot: Any, lane: Any, first_row: Any, num_heads: Any) -> None:
         results = []
@@ -333,12 +313,6 @@ def _fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
 
 def _exp2(x: ir.Value) -> ir.Value:
     return mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
-
-
-def _in_block(address: ir.Value, block: ir.Value) -> ir.Value:
-    """The same address in another block's shared memory."""
-    i32 = ir.IntegerType.get_signless(32)
-    return mgpu.utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", address, block, result_types=i32)
 
 
 def _load4(address: ir.Value) -> Sequence[ir.Value]:
