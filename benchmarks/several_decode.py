@@ -32,10 +32,10 @@ LARGE_GRAPHS = "--xla_gpu_graph_min_graph_size=5"
 GRAPHS = {
     "as by default": "",
     "as by default, of five launches": LARGE_GRAPHS,
-    "collectives too": WITH_COLLECTIVES,
+    "collectives and loops too": WITH_COLLECTIVES,
     "none": "",
     "as by default, sums not asynchronous": NOT_ASYNCHRONOUS,
-    "collectives too, sums by NCCL": f"{WITH_COLLECTIVES} {BY_NCCL}",
+    "collectives and loops too, sums by NCCL": f"{WITH_COLLECTIVES} {BY_NCCL}",
 }
 GRAPH_PROMPT_TOKENS = 64
 

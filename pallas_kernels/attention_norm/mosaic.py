@@ -257,18 +257,24 @@ class _Block:
         plgpu.barrier_arrive(self.smem["shared_out"])
         plgpu.barrier_wait(self.smem["shared_out"])
 
+    def sums_of_all(self, i: int) -> Any:
+        """Of a tile, those of all blocks that share it: float32 [R, 64], as ROWS."""
+        if "shared_out" in self.smem:
+            shared = [
+                _load(self.arrays["partial"].at[self.block, i, j], ROWS) for j in range(self.settings.plan.splits)
+            ]
+            return sum(shared[1:], shared[0])
+        own = self.stream.gathered(i)
+        if "parts" not in self.smem:
+            return own
+        if i == 0:
+            sending.wait_for_all_sent(self.smem["parts_there"])
+        return parts.add_all(self.smem, i, own)
+
     def add_residual(self, i: int) -> None:
         """The tile of the new residual, and what the others must know of it."""
         settings = self.settings
-        if "shared_out" in self.smem:
-            shared = [_load(self.arrays["partial"].at[self.block, i, j], ROWS) for j in range(settings.plan.splits)]
-            y: Any = sum(shared[1:], shared[0])
-        else:
-            y = self.stream.gathered(i)
-        if "parts" in self.smem:
-            if i == 0:
-                parts.wait_for_all_sent(self.smem)
-            y = parts.add_all(self.smem, i, y)
+        y = self.sums_of_all(i)
         if i == 0 and "ready" in self.smem:
             plgpu.barrier_wait(self.smem["ready"])
         for j in range(settings.num_biases):

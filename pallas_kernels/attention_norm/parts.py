@@ -51,11 +51,6 @@ def send(smem: dict[str, Any], i: int, split: Any, y: Any) -> None:
     emit(smem["parts"], smem["parts_there"], split, y)
 
 
-def wait_for_all_sent(smem: dict[str, Any]) -> None:
-    """In block 0: returns when all others' parts are there, of all tiles."""
-    sending.wait_for_all_sent(smem["parts_there"])
-
-
 def add_all(smem: dict[str, Any], i: int, y: Any) -> Any:
     """Block 0's own part of the i-th tile and all others', in the order of the blocks."""
     parts = (plgpu.load(smem["parts"].at[i, j], layout=ROWS, optimized=False) for j in range(smem["parts"].shape[1]))

@@ -128,7 +128,7 @@ def default_plan(shape: Shape, num_sms: int) -> Plan:
         return Plan(keys, warpgroups, 2, 1)
     if is_short and room >= (64 if many_heads else 8):
         return _short_plan(shape, keys, stages, tiles, room, num_sms)
-    if is_short and many_heads and room >= 32:  # three or four rows: two blocks of heads, as many as fit a block
+    if is_short and many_heads and room >= 32:  # heads in two: in four was slower (falcon-40b-alibi, four rows)
         return Plan(keys, 2, stages, min(8, -(-tiles // 2)), max_heads=-(-shape.G // 2))
     if many_heads or not is_short:
         warpgroups = 1 if many_heads and (shape.H == 128 or room == 1) else 2

@@ -287,7 +287,9 @@ def test_ten_thousand_launches_that_hand_their_counters_on(model, batch, tokens)
 
 
 @pytest.mark.parametrize("form", ["native", "int8", "int4"])
-@pytest.mark.parametrize(("width", "heads", "mlp_width"), [(8192, 8192, 32768), (4544, 4544, 18176)], ids=str)
+@pytest.mark.parametrize(
+    ("width", "heads", "mlp_width"), [(8192, 8192, 32768), (4544, 4544, 18176), (2048, 2048, 8192)], ids=str
+)
 def test_ten_thousand_output_stages_give_the_same_bits(width, heads, mlp_width, form):
     def normal(seed: int, *shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
