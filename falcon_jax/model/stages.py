@@ -4,7 +4,8 @@ weights have to be unpacked.
 With a few rows a layer is as fast as its weights come out of memory, and each launch costs as much as megabytes of
 them. Here a parallel layer is an input stage (all projections of the normalized input, GELU included), attention, and
 an output stage (projections, residual and the norms that the next layer reads); a sequential one has two of each.
-Heads of 64 are rotated by the input stage, which also puts keys and values where the cache holds them.
+Heads of 64 are rotated by the input stage, which also puts keys and values where the cache holds them. Of up to six
+tokens on one device norms begin in the output stage and end in the input stage after it.
 
 Rows are the tokens of all sequences, one after the other, filled up to a multiple of 8 with rows that mean nothing:
 no stage mixes rows.
@@ -26,8 +27,8 @@ from falcon_jax import sharding
 from falcon_jax.model import cache as kv_cache
 from falcon_jax.model.step import Step
 from pallas_kernels import compat, quantized_matmul
-from pallas_kernels.attention_norm import attention_norm, new_meeting
-from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Product, in_eights, project
+from pallas_kernels.attention_norm import attention_norm, attention_norm_deferred, new_meeting
+from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Moments, Product, deferred, in_eights, project
 from pallas_kernels.sharded import HEAD_AXIS
 
 if TYPE_CHECKING:
@@ -96,36 +97,53 @@ def run(
     residual = in_eights(x)
     layers = list(decoder.layers)
     norms_after = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
-    normed = [norm(residual) for norm in _input_norms(layers[0])]
     places = _positions(decoder, step, cache, residual.shape[0])
-    shared = _Shared(step, implementation, decoder.mesh, _split(decoder), *places)
+    defers = deferred.fits(B * T, D) and quantized_matmul.size_of(decoder.mesh) == 1
+    shared = _Shared(step, implementation, decoder.mesh, _split(decoder), defers, *places)
+    normed = shared.normalize(residual, _input_norms(layers[0]))
     meetings = new_meeting(residual.shape[0], D), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
     kept = []
     for i, (block, norms) in enumerate(zip(layers, norms_after, strict=True)):
         with jax.named_scope(f"layer_{i}"):
             slots = cache.keys[i], cache.values[i]
-            residual, normed, meetings, slots = _layer(block, residual, normed, norms, meetings, shared, slots)
+            defers = shared.defers and i + 1 < len(layers)  # no stage reads the final norm
+            residual, normed, meetings, slots = _layer(block, residual, normed, norms, defers, meetings, shared, slots)
             kept.append(slots)
-    return normed[0][: B * T].reshape(B, T, D), kept
+    return normed.rows[0][: B * T].reshape(B, T, D), kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Normed:
+    """What is read of a residual: rows [R, D] for each of its norms. moments: of norms that end where they are read."""
+
+    rows: list[Float[Array, "R D"]]
+    moments: Moments | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shared:
-    """What all layers share. split: as `_split` has it. rotary: cos and sin by which the input stage rotates; places:
-    where it puts keys and values; None where that is done after it."""
+    """What all layers share. split: as `_split` has it. defers: whether norms that an input stage reads end there.
+    rotary: cos and sin by which it rotates; places: where it puts keys and values; None where that is done after it."""
 
     step: Step
     implementation: str | None
     mesh: Mesh | None
     split: dict[str, bool]
+    defers: bool
     rotary: tuple[Float[Array, "R 32"], Float[Array, "R 32"]] | None
     places: Int[Array, " tokens"] | None
 
     def product(self, name: str, projection: Linear, x: Array, **rest: Any) -> Product:
         return projection.product(x, is_split=self.split[name], **rest)
 
-    def project(self, products: list[Product]) -> list[Array]:
-        return project(products, mesh=self.mesh, implementation=self.implementation)
+    def project(self, products: list[Product], moments: Moments | None) -> list[Array]:
+        return project(products, moments=moments, mesh=self.mesh, implementation=self.implementation)
+
+    def normalize(self, residual: Float[Array, "R D"], norms: list[LayerNorm]) -> _Normed:
+        """What the first input stage reads, which no output stage has made."""
+        if self.defers:
+            return _Normed(*deferred.begin(residual, [norm.affine() for norm in norms], norms[0].epsilon))
+        return _Normed([norm(residual) for norm in norms])
 
 
 def _positions(decoder: FalconDecoder, step: Step, cache: KVCache, num_rows: int):
@@ -151,13 +169,14 @@ def _input_norms(block: Block) -> list[LayerNorm]:
 def _layer(
     block: Block,
     residual: Float[Array, "R D"],
-    normed: list[Float[Array, "R D"]],
+    normed: _Normed,
     norms: list[LayerNorm],
+    defers: bool,
     meetings: tuple[Array, Array],
     shared: _Shared,
     slots: tuple[Array, Array],
 ):
-    """A layer, before which `normed` was made, and at the end of which `norms` are.
+    """A layer, before which `normed` was made, and at the end of which `norms` are, or begin if `defers`.
 
     meetings: the arrays through which blocks of the output stages' kernels meet, and the counters of attention's.
     """
@@ -165,39 +184,48 @@ def _layer(
     attention, mlp = block.attention, block.mlp
     outputs = {"attention.output": attention.output, "mlp.down": mlp.down}
 
-    def finish(inputs: dict[str, Array], residual, norms, meeting):
+    def finish(
+        inputs: dict[str, Array], residual: Array, norms: list[LayerNorm], defers: bool
+    ) -> tuple[Array, _Normed]:
+        nonlocal meeting
         projections = [outputs[name] for name in inputs]
-        biases = [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")]
-        return attention_norm(
+        arguments = (
             list(inputs.values()),
             [projection.matrix() for projection in projections],
             residual,
             [norm.affine() for norm in norms],
-            biases=biases,
-            epsilon=norms[0].epsilon,
-            meeting=meeting,
-            mesh=shared.mesh,
-            are_split=[shared.split[name] for name in inputs],
-            implementation=shared.implementation,
         )
+        options = {
+            "biases": [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")],
+            "epsilon": norms[0].epsilon,
+            "implementation": shared.implementation,
+        }
+        if defers:
+            residual, rows, moments = attention_norm_deferred(*arguments, **options)
+            return residual, _Normed(rows, moments)
+        are_split = [shared.split[name] for name in inputs]
+        residual, rows, meeting = attention_norm(
+            *arguments, meeting=meeting, mesh=shared.mesh, are_split=are_split, **options
+        )
+        return residual, _Normed(rows)
 
-    def up(normed: Array) -> Product:
-        return shared.product("mlp.up", mlp.up, normed, activation="gelu")
+    def up(normed: _Normed) -> Product:
+        return shared.product("mlp.up", mlp.up, normed.rows[-1], activation="gelu")
 
     if block.parallel:
-        attended, slots, counters, (hidden,) = _attend(block, normed[0], [up(normed[-1])], counters, shared, slots)
-        residual, normed, meeting = finish({"mlp.down": hidden, "attention.output": attended}, residual, norms, meeting)
+        attended, slots, counters, (hidden,) = _attend(block, normed, [up(normed)], counters, shared, slots)
+        residual, normed = finish({"mlp.down": hidden, "attention.output": attended}, residual, norms, defers)
         return residual, normed, (meeting, counters), slots
-    attended, slots, counters, _ = _attend(block, normed[0], [], counters, shared, slots)
-    residual, normed, meeting = finish({"attention.output": attended}, residual, [block.mlp_norm], meeting)
-    (hidden,) = shared.project([up(normed[0])])
-    residual, normed, meeting = finish({"mlp.down": hidden}, residual, norms, meeting)
+    attended, slots, counters, _ = _attend(block, normed, [], counters, shared, slots)
+    residual, normed = finish({"attention.output": attended}, residual, [block.mlp_norm], shared.defers)
+    (hidden,) = shared.project([up(normed)], normed.moments)
+    residual, normed = finish({"mlp.down": hidden}, residual, norms, defers)
     return residual, normed, (meeting, counters), slots
 
 
 def _attend(
     block: Block,
-    normed: Float[Array, "R D"],
+    normed: _Normed,
     others: list[Product],
     counters: Int[Array, " C"],
     shared: _Shared,
@@ -210,17 +238,18 @@ def _attend(
       come to.
     """
     attention, step, (B, S, K, H) = block.attention, shared.step, slots[0].shape
-    T, num_rows = step.num_columns, normed.shape[0]
+    T, rows = step.num_columns, normed.rows[0]
+    num_rows = rows.shape[0]
     to_keys, to_values = None, None
     if shared.places is not None:
         to_keys, to_values = ((x.reshape(B * S, K * H), shared.places) for x in slots)
     key_rotary = None if attention.rotates_cached_keys else shared.rotary
     products = [
-        shared.product("attention.query", attention.query, normed, rotary=shared.rotary),
-        shared.product("attention.key", attention.key, normed, rotary=key_rotary, slots=to_keys),
-        shared.product("attention.value", attention.value, normed, slots=to_values),
+        shared.product("attention.query", attention.query, rows, rotary=shared.rotary),
+        shared.product("attention.key", attention.key, rows, rotary=key_rotary, slots=to_keys),
+        shared.product("attention.value", attention.value, rows, slots=to_values),
     ]
-    q, k, v, *made = shared.project([*products, *others])
+    q, k, v, *made = shared.project([*products, *others], normed.moments)
     # Single tokens keep the rows that mean nothing: to cut them off and put them on again would be two launches.
     q = q.reshape(num_rows, 1, -1, H) if T == 1 else q[: B * T].reshape(B, T, -1, H)
     if shared.places is None:

@@ -10,15 +10,10 @@ place 16 (tile % 4) + tile / 4: a thread has four neighbours, and asks for one o
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.deferred import padded_tiles
 from pallas_kernels.quantized_matmul.product import MAX_ROWS
 
 HEADER = 4  # int32 before the first tile's, which keeps them where 16 bytes begin
-
-
-def padded_tiles(width: int) -> int:
-    """P: a warpgroup has 64 of them side by side."""
-    return -(-width // TILE // TILE) * TILE
 
 
 def meeting_size(num_rows: int, width: int) -> int:

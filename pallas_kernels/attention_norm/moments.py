@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.attention_norm.meeting import HEADER, padded_tiles
+from pallas_kernels.attention_norm.meeting import HEADER
 from pallas_kernels.instructions import (
     REF,
     SCALAR,
@@ -35,8 +35,9 @@ from pallas_kernels.instructions import (
     own_thread,
     scalar,
 )
+from pallas_kernels.quantized_matmul.deferred import padded_tiles
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.stream import ROWS
+from pallas_kernels.quantized_matmul.rows import ROWS
 
 _AT_ONCE = 2 * TILE  # tiles that a thread's asks for are under way at the same time
 _PER_ROW = ROWS.reduce(1)

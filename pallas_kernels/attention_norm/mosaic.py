@@ -8,14 +8,13 @@ it normalizes its own tile, which it has kept in shared memory.
 All blocks must run at once. So there are at most as many as fit the GPU, and two launches never overlap: each takes
 the array through which its blocks meet from the launch before.
 
-Without norms (`add_mosaic`) there is nothing to meet for.
+Without norms (`add_mosaic`) there is nothing to meet for, nor where norms end in the products that read them
+(`defer_norm_mosaic`, quantized_matmul/deferred.py).
 
 Where a GPU has more multiprocessors than a model has tiles, several blocks, a cluster, share out the inputs of a tile
 and bring what they come to to the first of them, which does the rest: with 8 rows through its shared memory (parts.py),
 with more through device memory.
 
-Source of putting variances together: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing
-Sample Variances (1979).
 """
 
 import dataclasses
@@ -32,15 +31,22 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, sending
 from pallas_kernels.attention_norm import parts
-from pallas_kernels.attention_norm.meeting import padded_tiles
 from pallas_kernels.attention_norm.moments import count_of_launches, end_launch, publish, read
 from pallas_kernels.hopper import fence_memory, store, wait_until_results_have_left
+from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments, padded_tiles
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
 from pallas_kernels.quantized_matmul.plan import Launch, Plan, output_launch, sent_bytes
-from pallas_kernels.quantized_matmul.stream import ROWS, Stream, arrays_of, run, scratch
-
-PER_OUTPUT = ROWS.reduce(0)
+from pallas_kernels.quantized_matmul.rows import (
+    PER_OUTPUT,
+    load,
+    moments_of_rows,
+    moments_of_tile,
+    number_of,
+    over_outputs,
+    over_rows,
+)
+from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch
 
 
 def attention_norm_mosaic(
@@ -56,11 +62,31 @@ def attention_norm_mosaic(
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, " M"]]:
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the array `meeting` for the next
     launch."""
-    return _launch(
+    results, meeting = _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting,
         shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon,
         plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
+    return results["out"], results["normed"], meeting
+
+
+def defer_norm_mosaic(
+    xs: Sequence[Float[Array, "8 _"]],
+    weights: Sequence[Any],
+    biases: Sequence[Float[Array, " D"]],
+    residual: Float[Array, "8 D"],
+    norms: Sequence[tuple[Float[Array, " D"], Float[Array, " D"]]],
+    *,
+    epsilon: float,
+    plan: Plan | None = None,
+) -> tuple[Float[Array, "8 D"], list[Float[Array, "8 D"]], Moments]:
+    """`attention_norm_deferred` by the kernel, for 8 rows."""
+    results, _ = _launch(
+        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], None,
+        shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon,
+        plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
+    )  # fmt: skip
+    return results["out"], results["normed"], Moments(results["moments"], epsilon)
 
 
 def add_mosaic(
@@ -75,12 +101,12 @@ def add_mosaic(
     One device's part where several share out the inputs. No norm, so blocks need not meet.
     """
     shape = jax.ShapeDtypeStruct((xs[0].shape[0], num_outputs), xs[0].dtype)
-    out, _, _ = _launch(
+    results, _ = _launch(
         list(xs), list(weights), [], None, [], None,
         shape=shape, epsilon=0.0, plan=plan,
         num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
-    return out
+    return results["out"]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "epsilon", "plan", "num_sms", "interpretable"))
@@ -92,17 +118,20 @@ def _launch(
     num_rows, width = shape.shape
     launch = output_launch(weights, width, num_rows, len(norms), num_sms, plan)
     plan, num_blocks = launch.plan, launch.num_blocks
-    settings = _Settings(launch, num_rows, width, len(norms), len(biases), residual is not None, epsilon, interpretable)
+    meets = meeting is not None  # else norms are deferred
+    settings = _Settings(
+        launch, num_rows, width, len(norms), len(biases), residual is not None, meets, epsilon, interpretable
+    )
     inputs = {
         "xs": list(xs),
         "weights": [arrays_of(weight) for weight in weights],
         "columns": [*biases, *(array for norm in norms for array in norm)],
         "residual": residual,
     }
-    if norms and not interpretable:
+    if meets and not interpretable:
         inputs["meeting"] = jax.new_ref(meeting)
     outputs: dict[str, Any] = {"out": shape, "normed": [shape] * len(norms)}
-    if norms and interpretable:
+    if norms and (interpretable or not meets):
         outputs["moments"] = jax.ShapeDtypeStruct((2, num_rows, padded_tiles(width)), jnp.float32)
     sends = not interpretable and sent_bytes(plan.splits, num_rows) > 0
     if plan.splits > 1 and not sends:
@@ -161,7 +190,7 @@ def _launch(
     results = made_treedef.unflatten(results)
     if "meeting" in inputs:
         meeting = jax.freeze(inputs["meeting"])
-    return results["out"], results["normed"], meeting
+    return results, meeting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +203,7 @@ class _Settings:
     num_norms: int
     num_biases: int
     has_residual: bool
+    meets: bool  # or else its norms, if any, end in what reads them
     epsilon: float
     interpretable: bool
 
@@ -217,14 +247,14 @@ class _Block:
                 pl.when(self.warpgroup == 0)(functools.partial(self.share_out, i))
             exists = self.tile(i) < self.settings.num_tiles
             pl.when(is_last & exists)(functools.partial(self.add_residual, i))
-        if self.settings.num_norms:
+        if self.settings.meets:
             pl.when(self.warpgroup == 0)(self.meet_and_normalize)
         else:
             pl.when(is_last)(wait_until_results_have_left)
 
     @property
     def meets_in_memory(self) -> bool:
-        return self.settings.num_norms > 0 and not self.settings.interpretable
+        return self.settings.meets and not self.settings.interpretable
 
     def tile(self, i: int) -> Any:
         return self.stream.tile(jnp.int32(0), i)
@@ -260,9 +290,7 @@ class _Block:
     def sums_of_all(self, i: int) -> Any:
         """Of a tile, those of all blocks that share it: float32 [R, 64], as ROWS."""
         if "shared_out" in self.smem:
-            shared = [
-                _load(self.arrays["partial"].at[self.block, i, j], ROWS) for j in range(self.settings.plan.splits)
-            ]
+            shared = [load(self.arrays["partial"].at[self.block, i, j]) for j in range(self.settings.plan.splits)]
             return sum(shared[1:], shared[0])
         own = self.stream.gathered(i)
         if "parts" not in self.smem:
@@ -278,10 +306,10 @@ class _Block:
         if i == 0 and "ready" in self.smem:
             plgpu.barrier_wait(self.smem["ready"])
         for j in range(settings.num_biases):
-            y = y + _over_rows(self.column(i, j), y.shape)
+            y = y + over_rows(self.column(i, j), y.shape)
         kept = self.smem["tiles"].at[i]
         if settings.has_residual:
-            y = y + _load(kept, ROWS).astype(jnp.float32)
+            y = y + load(kept).astype(jnp.float32)
         y = y.astype(kept.dtype)
         store(kept, y)
         plgpu.commit_smem()
@@ -289,15 +317,30 @@ class _Block:
         if not settings.num_norms:
             return
         y = y.astype(jnp.float32)
-        mean = y.sum(axis=1) * (1.0 / TILE)
-        distance = y - _over_outputs(mean, y.shape)
-        squares = (distance * distance).sum(axis=1)
+        if not settings.meets:
+            self.begin_norms(i, y)
+        mean, squares = moments_of_tile(y)
         if self.meets_in_memory:
             number, width = self.launch_number, settings.width
             publish(self.arrays["meeting"], mean, squares, tile=self.tile(i), width=width, launch=number)
         else:
             store(self.arrays["moments"].at[0, :, self.tile(i)], mean)
             store(self.arrays["moments"].at[1, :, self.tile(i)], squares)
+
+    def begin_norms(self, i: int, y: Any) -> None:
+        """A tile's rows as deferred.py has them."""
+        if i > 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
+            plgpu.commit_smem()
+        row = number_of(y.shape, 0)
+        for j in range(self.settings.num_norms):
+            scale, shift = (over_rows(column, y.shape) for column in self.affine(i, j))
+            scaled = jnp.where(row == SCALE_ROW, scale, jnp.where(row == SHIFT_ROW, shift, y * scale))
+            target = self.smem["normed"].at[j]
+            store(target, scaled.astype(target.dtype))
+        plgpu.commit_smem()
+        for j in range(self.settings.num_norms):
+            plgpu.copy_smem_to_gmem(self.smem["normed"].at[j], self.arrays["normed"][j].at[:, self.outputs(i)])
 
     def meet_and_normalize(self) -> None:
         settings = self.settings
@@ -324,43 +367,28 @@ class _Block:
             meeting, number = self.arrays["meeting"], self.launch_number
             means, squares = read(meeting, first_row, width=settings.width, launch=number)
         else:
-            means, squares = (_load(self.arrays["moments"].at[i, pl.ds(first_row, 8)], ROWS) for i in range(2))
-        tile = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, means.shape, 1), ROWS)
-        exists = tile < settings.num_tiles
-        mean = jnp.where(exists, means, 0.0).sum(axis=1) * (1.0 / settings.num_tiles)
-        distance = means - _over_outputs(mean, means.shape)
-        squares = jnp.where(exists, squares + distance * distance * float(TILE), 0.0)
-        variance = squares.sum(axis=1) * (1.0 / settings.width)
-        return mean, lax.rsqrt(variance + settings.epsilon)
+            means, squares = (load(self.arrays["moments"].at[i, pl.ds(first_row, 8)]) for i in range(2))
+        return moments_of_rows(means, squares, settings.width, settings.epsilon)
 
     def normalize(self, i: int, rows: Any, mean: Any, inverse: Any) -> None:
         """8 rows of one tile, by each norm."""
-        y = _load(self.smem["tiles"].at[i, rows], ROWS).astype(jnp.float32)
-        y = (y - _over_outputs(mean, y.shape)) * _over_outputs(inverse, y.shape)
+        y = load(self.smem["tiles"].at[i, rows]).astype(jnp.float32)
+        y = (y - over_outputs(mean, y.shape)) * over_outputs(inverse, y.shape)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
         plgpu.commit_smem()
         for j in range(self.settings.num_norms):
-            scale, shift = (self.column(i, self.settings.num_biases + 2 * j + which) for which in range(2))
+            scale, shift = (over_rows(column, y.shape) for column in self.affine(i, j))
             target = self.smem["normed"].at[j, rows]
-            store(target, (y * _over_rows(scale, y.shape) + _over_rows(shift, y.shape)).astype(target.dtype))
+            store(target, (y * scale + shift).astype(target.dtype))
         plgpu.commit_smem()
         for j in range(self.settings.num_norms):
             target = self.arrays["normed"][j].at[rows, self.outputs(i)]
             plgpu.copy_smem_to_gmem(self.smem["normed"].at[j, rows], target)
 
+    def affine(self, i: int, j: int) -> tuple[Any, Any]:
+        """Scale and shift of norm j for a tile's outputs."""
+        first = self.settings.num_biases + 2 * j
+        return self.column(i, first), self.column(i, first + 1)
+
     def column(self, i: int, j: int) -> Any:
-        return _load(self.smem["columns"].at[i, j], PER_OUTPUT).astype(jnp.float32)
-
-
-def _load(ref: Any, layout: Any) -> Any:
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def _over_rows(x: Any, dims: tuple[int, ...]) -> Any:
-    """A value an output, repeated over the rows."""
-    return lax.broadcast_in_dim(x, dims, [1])
-
-
-def _over_outputs(x: Any, dims: tuple[int, ...]) -> Any:
-    """A value a row, repeated over the outputs."""
-    return lax.broadcast_in_dim(x, dims, [0])
+        return load(self.smem["columns"].at[i, j], PER_OUTPUT).astype(jnp.float32)

@@ -12,7 +12,7 @@ from pallas_kernels import sending
 from pallas_kernels.instructions import REF, SCALAR, element, inlined, integer, own_thread, scalar, shared_address
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.plan import Plan
-from pallas_kernels.quantized_matmul.stream import ROWS
+from pallas_kernels.quantized_matmul.rows import ROWS, load
 
 
 def buffers(plan: Plan, num_rows: int) -> dict[str, Any]:
@@ -53,5 +53,5 @@ def send(smem: dict[str, Any], i: int, split: Any, y: Any) -> None:
 
 def add_all(smem: dict[str, Any], i: int, y: Any) -> Any:
     """Block 0's own part of the i-th tile and all others', in the order of the blocks."""
-    parts = (plgpu.load(smem["parts"].at[i, j], layout=ROWS, optimized=False) for j in range(smem["parts"].shape[1]))
+    parts = (load(smem["parts"].at[i, j]) for j in range(smem["parts"].shape[1]))
     return functools.reduce(jnp.add, parts, y)

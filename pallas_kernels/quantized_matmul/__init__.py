@@ -2,6 +2,7 @@
 
 from pallas_kernels.quantized_matmul.api import project, quantized_matmul
 from pallas_kernels.quantized_matmul.calibrated import quantize_calibrated
+from pallas_kernels.quantized_matmul.deferred import Moments
 from pallas_kernels.quantized_matmul.formats import (
     FORMS,
     TILE_OUTPUTS,
@@ -19,6 +20,7 @@ __all__ = [
     "MAX_ROWS",
     "SIDE",
     "TILE_OUTPUTS",
+    "Moments",
     "Product",
     "QuantizedWeight",
     "dequantize",

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat, dispatch
+from pallas_kernels.quantized_matmul import deferred
 from pallas_kernels.quantized_matmul.formats import QuantizedWeight
 from pallas_kernels.quantized_matmul.product import (
     MAX_ROWS,
@@ -50,6 +51,7 @@ def quantized_matmul(
 def project(
     products: Sequence[Product],
     *,
+    moments: deferred.Moments | None = None,
     mesh: Mesh | None = None,
     implementation: str | None = None,
 ) -> list[Float[Array, "*rows O"]]:
@@ -57,6 +59,8 @@ def project(
 
     Args:
       products: weights of one form, all with as many inputs and rows.
+      moments: None, or what `attention_norm_deferred` returned beside the rows that are the products' x: the layer norm
+        ends here. Of 8 rows the last two come out as anything. On one device alone.
       mesh: None, or one whose tensor axis the products' `is_split` is about. Each device makes its own outputs, and
         all others too; nothing is exchanged.
       implementation: "mosaic" (Hopper GPUs, bfloat16: one launch), "xla", or None for the faster one that takes the
@@ -66,17 +70,23 @@ def project(
       [..., O] of each product, in x's dtype; of one with slots those, [S, O].
 
     Raises:
-      ValueError: a weight that does not fit its x, or an unknown `implementation`.
-      NotImplementedError: the named implementation cannot take these arguments.
+      ValueError: a weight that does not fit its x, x that is not of these moments, or an unknown `implementation`.
+      NotImplementedError: the named implementation cannot take these arguments; moments over several devices.
     """
     for product in products:
         product.check("project")
+    if moments is not None:
+        deferred.check(products, moments)
     if size_of(mesh) > 1:
+        if moments is not None:
+            raise NotImplementedError(f"project: norms are not deferred over {size_of(mesh)} devices")
         on_device = functools.partial(project, implementation=implementation)
         return project_over(mesh, products, on_device)
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
     if dispatch.choose("project", implementation, candidates) == "xla":
+        if moments is not None:
+            products = [dataclasses.replace(product, x=deferred.finish(product.x, moments)) for product in products]
         return [_project_xla(product) for product in products]
 
     shapes = [(*product.x.shape[:-1], product.num_outputs) for product in products]
@@ -88,7 +98,7 @@ def project(
 
     from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
-    made = project_mosaic([_in_eights(product) for product in products])
+    made = project_mosaic([_in_eights(product) for product in products], moments=moments)
     return [
         y if product.slots is not None else y[: product.num_rows].reshape(shape)
         for y, product, shape in zip(made, products, shapes, strict=True)

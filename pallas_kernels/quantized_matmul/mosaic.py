@@ -13,26 +13,33 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.hopper import LOG2E, rounded, store, wait_until_results_have_left
+from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch
 from pallas_kernels.quantized_matmul.product import Product
-from pallas_kernels.quantized_matmul.stream import HALF_ROWS, ROWS, Stream, arrays_of, run, scratch
+from pallas_kernels.quantized_matmul.rows import HALF_ROWS, ROWS, load, moments_of_rows, over_outputs, over_rows
+from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch
 
 HALF = TILE // 2
 
 
-def project_mosaic(products: Sequence[Product], *, plan: Plan | None = None) -> list[Float[Array, "_ O"]]:
+def project_mosaic(
+    products: Sequence[Product], *, moments: Moments | None = None, plan: Plan | None = None
+) -> list[Float[Array, "_ O"]]:
     """All products, in one launch. Weights of one form, all with as many inputs.
 
     Rows are a multiple of 8 here: what stands in the last ones may be anything, and makes anything.
+    moments: None, or of a layer norm that ends here (deferred.py).
     """
     interpretable = compat.interpreting()
-    return _launch(list(products), plan=plan, num_sms=compat.num_sms(), interpretable=interpretable)
+    return _launch(list(products), moments, plan=plan, num_sms=compat.num_sms(), interpretable=interpretable)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "num_sms", "interpretable"))
-def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpretable: bool) -> list[Array]:
-    num_rows = products[0].x.shape[0]
+def _launch(
+    products: list[Product], moments: Moments | None, *, plan: Plan | None, num_sms: int, interpretable: bool
+) -> list[Array]:
+    num_rows, width = products[0].x.shape
     weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
     launch = input_launch(weights, outputs, num_rows, num_sms, plan)
     plan = launch.plan
@@ -52,10 +59,10 @@ def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpr
         }
         for product in products
     ]
-    flat, treedef = jax.tree.flatten(inputs)
+    flat, treedef = jax.tree.flatten((inputs, moments and moments.tiles))
 
-    def body(*refs: Any, smem: dict[str, Any], out_smem: Any) -> None:
-        given, made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
+    def body(*refs: Any, smem: dict[str, Any], out_smem: Any, row_smem: Any = None) -> None:
+        (given, tiles), made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
         outs: list[Any] = [next(made) if product.slots is None else None for product in products]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
 
@@ -68,10 +75,22 @@ def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpr
 
         def consume(stream: Stream) -> None:
             stream.begin()
-            _Epilogue(products, given, outs, out_smem.at[warpgroup]).take_turns(stream)
+            own_rows = None
+            if moments is not None:
+                own_rows = row_smem.at[warpgroup]
+                of_rows = moments_of_rows(load(tiles.at[0]), load(tiles.at[1]), width, moments.epsilon)
+                for i, of_row in enumerate(of_rows):
+                    store(own_rows.at[i], of_row)
+            _Epilogue(products, given, outs, out_smem.at[warpgroup], own_rows).take_turns(stream)
 
         run(plan, warpgroup, make, consume)
 
+    scratch_types: dict[str, Any] = {
+        "smem": scratch(launch, num_rows),
+        "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
+    }
+    if moments is not None:
+        scratch_types["row_smem"] = plgpu.SMEM((plan.warpgroups, 2, num_rows), jnp.float32)
     made = plgpu.kernel(
         body,
         out_type=out_types,
@@ -81,10 +100,7 @@ def _launch(products: list[Product], *, plan: Plan | None, num_sms: int, interpr
         thread_name="warpgroup",
         kernel_name="project",
         compiler_params=parameters(interpretable),
-        scratch_types={
-            "smem": scratch(launch, num_rows),
-            "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
-        },
+        scratch_types=scratch_types,
     )(*flat)
     results = iter(made)
     return [
@@ -99,10 +115,14 @@ class _Epilogue:
     Args:
       given, outs: each product's arguments but x, and its result where that goes into no slots, in device memory.
       own_smem: [R, 64], for a tile on its way out.
+      row_smem: None, or where a norm ends here [2, R], each row's mean and inverse standard deviation.
     """
 
-    def __init__(self, products: Sequence[Product], given: list[dict[str, Any]], outs: list[Any], own_smem: Any):
-        self.products, self.given, self.outs, self.own_smem = products, given, outs, own_smem
+    def __init__(
+        self, products: Sequence[Product], given: list[dict[str, Any]], outs: list[Any], own_smem: Any, row_smem: Any
+    ):
+        self.products, self.given, self.outs = products, given, outs
+        self.own_smem, self.row_smem = own_smem, row_smem
 
     def take_turns(self, stream: Stream) -> None:
         """Makes all tiles of a stream."""
@@ -130,9 +150,7 @@ class _Epilogue:
         if product.rotary is None:
             parts = {(0, TILE): part()}
         else:
-            cos, sin = (
-                plgpu.load(angles, layout=HALF_ROWS, optimized=False).astype(jnp.float32) for angles in given["rotary"]
-            )
+            cos, sin = (load(angles, HALF_ROWS).astype(jnp.float32) for angles in given["rotary"])
             one, other = part(0), part(1)
             parts = {(0, HALF): one * cos - other * sin, (HALF, HALF): other * cos + one * sin}
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this warpgroup's tile before
@@ -156,13 +174,17 @@ class _Epilogue:
     def _part(self, stream: Stream, number: Any, first: Any, k: int, half: int | None = None) -> Any:
         """The tile but for its rotation, or a half of it: float32 with the precision of the result."""
         bias, dtype = self.given[k]["bias"], self.own_smem.dtype
-        y = stream.gathered(number, half).astype(dtype)
+        outputs, layout = pl.ds(first, TILE), ROWS
+        if half is not None:
+            outputs, layout = pl.ds(first + half * HALF, HALF), HALF_ROWS
+        y = stream.gathered(number, half)
+        if self.row_smem is not None:
+            mean, inverse = (over_outputs(load(self.row_smem.at[i], layout.reduce(1)), y.shape) for i in range(2))
+            scale, shift = (over_rows(stream.gathered(number, half, row), y.shape) for row in (SCALE_ROW, SHIFT_ROW))
+            y = (y - mean * scale) * inverse + shift
+        y = y.astype(dtype)
         if bias is not None:
-            outputs, layout = pl.ds(first, TILE), ROWS
-            if half is not None:
-                outputs, layout = pl.ds(first + half * HALF, HALF), HALF_ROWS
-            of_outputs = plgpu.load(bias.at[outputs], layout=layout.reduce(0), optimized=False)
-            y = y + lax.broadcast_in_dim(of_outputs, y.shape, [1])
+            y = y + over_rows(load(bias.at[outputs], layout.reduce(0)), y.shape)
         y = y.astype(jnp.float32)
         return rounded(gelu(y), dtype) if self.products[k].activation == "gelu" else y
 

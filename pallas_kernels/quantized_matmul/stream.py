@@ -32,17 +32,9 @@ from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, stor
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
 from pallas_kernels.quantized_matmul.plan import Launch, Plan
+from pallas_kernels.quantized_matmul.rows import HALF_ROWS, ROWS, load
 
 MATRIX = plgpu.Layout.WGMMA
-
-
-def _by_rows(num_outputs: int) -> Any:
-    tiling = plgpu.Tiling(((8, num_outputs), (2, num_outputs), (num_outputs // 16,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-# [8 rows, 64 outputs]: a warp has two rows, a thread four outputs of one. And of half as many, two.
-ROWS, HALF_ROWS = _by_rows(TILE), _by_rows(TILE // 2)
 
 
 def arrays_of(weight: Any) -> list[jax.Array]:
@@ -303,19 +295,17 @@ class Stream:
         plgpu.barrier_arrive(self.smem["left"].at[parity])
         plgpu.barrier_wait(self.smem["left"].at[parity])
 
-    def gathered(self, number: Any, half: int | None = None) -> Any:
+    def gathered(self, number: Any, half: int | None = None, row: int | None = None) -> Any:
         """What all warpgroups have left of a tile, added up in their order: float32 [R, 64 outputs], as ROWS.
 
-        half: 0 or 1 for half the outputs, as HALF_ROWS.
+        half: 0 or 1 for half the outputs, as HALF_ROWS. row: for one row alone, in the layout of their outputs.
         """
         parity = lax.rem(jnp.int32(number), jnp.int32(2))
         outputs, layout = pl.ds(0, TILE), ROWS
         if half is not None:
             outputs, layout = pl.ds(half * (TILE // 2), TILE // 2), HALF_ROWS
-        parts = [
-            plgpu.load(self.smem["sums"].at[parity, w, :, outputs], layout=layout, optimized=False)
-            for w in range(self.plan.warpgroups)
-        ]
+        rows, layout = (slice(None), layout) if row is None else (row, layout.reduce(0))
+        parts = [load(self.smem["sums"].at[parity, w, rows, outputs], layout) for w in range(self.plan.warpgroups)]
         return sum(parts[1:], parts[0])
 
 

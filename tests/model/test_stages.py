@@ -53,14 +53,25 @@ def start(config: FalconConfig, num_rows: int, num_columns: int, dtype, weights:
     return params, cache, ids[:, PROMPT:]
 
 
-SINGLE, DRAFTS = (3, 1), (2, 4)
+SINGLE, DRAFTS, FEW_DRAFTS = (3, 1), (2, 4), (2, 3)
+NAMES = ("falcon-rw-1b", "falcon-7b", "falcon-40b", "falcon-40b-alibi")
 
 
 @pytest.mark.parametrize(
     ("name", "shape"), [(name, SINGLE) for name in VARIANTS] + [("falcon-rw-1b", DRAFTS), ("falcon-40b", DRAFTS)]
 )
 def test_stages_equal_the_layers(name, shape):
-    config = tiny(name)
+    require_equal_layers(tiny(name), shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, SINGLE) for name in NAMES] + [("falcon-40b", DRAFTS), ("falcon-rw-1b", FEW_DRAFTS)]
+)
+def test_stages_whose_norms_end_where_they_are_read_equal_the_layers(name, shape):
+    require_equal_layers(small(name), shape)
+
+
+def require_equal_layers(config, shape):
     params, cache, ids = start(config, shape[0], shape[1], jnp.float32)
     num_tokens = jnp.asarray([shape[1]] * (shape[0] - 1) + [0])  # the last row has ended
     made, kept = through_stages(config, params, cache, ids, num_tokens, "xla")
@@ -86,12 +97,12 @@ def test_prompts_through_stages_equal_the_layers(name):
 
 
 def small(name: str) -> FalconConfig:
-    """A variant whose widths are multiples of 64, in one layer."""
+    """A variant whose widths are multiples of 64, in two layers."""
     heads = {"falcon-rw-1b": (2, 2), "falcon-7b": (3, 1), "falcon-40b": (4, 2), "falcon-40b-alibi": (2, 1)}[name]
     size = 128 if name == "falcon-40b-alibi" else 64
     return dataclasses.replace(
         PRESETS[name],
-        num_layers=1,
+        num_layers=2,
         vocab_size=64,
         num_heads=heads[0],
         num_kv_heads=heads[1],
