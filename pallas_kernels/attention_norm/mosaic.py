@@ -242,15 +242,21 @@ class _Block:
         if "parts" in self.smem:
             sending.wait_for_all_open()
         for i, partial in enumerate(sums):
-            self.stream.gather(i, partial)
-            if self.settings.plan.splits > 1:
-                pl.when(self.warpgroup == 0)(functools.partial(self.share_out, i))
-            exists = self.tile(i) < self.settings.num_tiles
-            pl.when(is_last & exists)(functools.partial(self.add_residual, i))
+            self.stream.leave(i, partial, 0)
+            pl.when(self.warpgroup == 0)(functools.partial(self.finish, i))
         if self.settings.meets:
             pl.when(self.warpgroup == 0)(self.meet_and_normalize)
         else:
             pl.when(is_last)(wait_until_results_have_left)
+
+    def finish(self, i: int) -> None:
+        """What becomes of the sums of this block's i-th tile."""
+        self.stream.wait_for_all(0)
+        if self.settings.plan.splits > 1:
+            self.share_out(i)
+        exists = self.tile(i) < self.settings.num_tiles
+        pl.when((self.split == 0) & exists)(functools.partial(self.add_residual, i))
+        self.stream.let_go(i)
 
     @property
     def meets_in_memory(self) -> bool:
@@ -312,13 +318,15 @@ class _Block:
             y = y + load(kept).astype(jnp.float32)
         y = y.astype(kept.dtype)
         store(kept, y)
+        results = [(kept, self.arrays["out"])]
+        y = y.astype(jnp.float32)
+        if settings.num_norms and not settings.meets:
+            results += self.begin_norms(i, y)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(kept, self.arrays["out"].at[:, self.outputs(i)])
+        for tile, array in results:
+            plgpu.copy_smem_to_gmem(tile, array.at[:, self.outputs(i)])
         if not settings.num_norms:
             return
-        y = y.astype(jnp.float32)
-        if not settings.meets:
-            self.begin_norms(i, y)
         mean, squares = moments_of_tile(y)
         if self.meets_in_memory:
             number, width = self.launch_number, settings.width
@@ -327,20 +335,19 @@ class _Block:
             store(self.arrays["moments"].at[0, :, self.tile(i)], mean)
             store(self.arrays["moments"].at[1, :, self.tile(i)], squares)
 
-    def begin_norms(self, i: int, y: Any) -> None:
-        """A tile's rows as deferred.py has them."""
+    def begin_norms(self, i: int, y: Any) -> list[tuple[Any, Any]]:
+        """A tile's rows for each norm as deferred.py has them, in shared memory, and the arrays that they belong to."""
+        num_norms = self.settings.num_norms
         if i > 0:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
             plgpu.commit_smem()
         row = number_of(y.shape, 0)
-        for j in range(self.settings.num_norms):
+        for j in range(num_norms):
             scale, shift = (over_rows(column, y.shape) for column in self.affine(i, j))
             scaled = jnp.where(row == SCALE_ROW, scale, jnp.where(row == SHIFT_ROW, shift, y * scale))
             target = self.smem["normed"].at[j]
             store(target, scaled.astype(target.dtype))
-        plgpu.commit_smem()
-        for j in range(self.settings.num_norms):
-            plgpu.copy_smem_to_gmem(self.smem["normed"].at[j], self.arrays["normed"][j].at[:, self.outputs(i)])
+        return [(self.smem["normed"].at[j], self.arrays["normed"][j]) for j in range(num_norms)]
 
     def meet_and_normalize(self) -> None:
         settings = self.settings

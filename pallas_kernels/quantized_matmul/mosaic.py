@@ -12,12 +12,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import LOG2E, rounded, store, wait_until_results_have_left
+from pallas_kernels.hopper import LOG2E, filled, rounded, store, wait_until_results_have_left
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch
 from pallas_kernels.quantized_matmul.product import Product
-from pallas_kernels.quantized_matmul.rows import HALF_ROWS, ROWS, load, moments_of_rows, over_outputs, over_rows
+from pallas_kernels.quantized_matmul.rows import (
+    HALF_ROWS,
+    ROWS,
+    load,
+    moments_of_rows,
+    not_before,
+    over_outputs,
+    over_rows,
+)
 from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch
 
 HALF = TILE // 2
@@ -74,14 +82,9 @@ def _launch(
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
+            norm = None if moments is None else _Norm(tiles, row_smem, width, moments.epsilon, warpgroup, interpretable)
             stream.begin()
-            own_rows = None
-            if moments is not None:
-                own_rows = row_smem.at[warpgroup]
-                of_rows = moments_of_rows(load(tiles.at[0]), load(tiles.at[1]), width, moments.epsilon)
-                for i, of_row in enumerate(of_rows):
-                    store(own_rows.at[i], of_row)
-            _Epilogue(products, given, outs, out_smem.at[warpgroup], own_rows).take_turns(stream)
+            _Epilogue(products, given, outs, out_smem.at[warpgroup], norm).take_turns(stream)
 
         run(plan, warpgroup, make, consume)
 
@@ -90,7 +93,7 @@ def _launch(
         "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
     }
     if moments is not None:
-        scratch_types["row_smem"] = plgpu.SMEM((plan.warpgroups, 2, num_rows), jnp.float32)
+        scratch_types["row_smem"] = plgpu.SMEM((2, num_rows), jnp.float32)
     made = plgpu.kernel(
         body,
         out_type=out_types,
@@ -109,20 +112,58 @@ def _launch(
     ]
 
 
+class _Norm:
+    """The end of a layer norm. The first warpgroup puts a row's moments together, for all.
+
+    What it needs is asked for before any weights, and not waited for until a tile's products have been added up: behind
+    the weights that a block asks for at first it would come microseconds later, and those be looked at as late.
+
+    Args:
+      tiles: moments of the rows' tiles, in device memory.
+      smem: [2, R], for each row's mean and inverse standard deviation.
+    """
+
+    def __init__(self, tiles: Any, smem: Any, width: int, epsilon: float, warpgroup: Any, interpretable: bool):
+        self.smem, self.width, self.epsilon = smem, width, epsilon
+        self.is_first, self.interpretable = warpgroup == 0, interpretable
+        nothing = filled(tiles.shape[1:], 0.0, ROWS)
+        self.of_tiles = lax.cond(
+            self.is_first, lambda: (load(tiles.at[0]), load(tiles.at[1])), lambda: (nothing, nothing)
+        )
+
+    def leave(self, turn: Any) -> None:
+        """In the first turn, before the block's warpgroups meet, leaves what `end` reads after that."""
+
+        @pl.when(self.is_first & (turn == 0))
+        def _leave():
+            of_tiles = self.of_tiles if self.interpretable else map(not_before, self.of_tiles)
+            for i, of_rows in enumerate(moments_of_rows(*of_tiles, self.width, self.epsilon)):
+                store(self.smem.at[i], of_rows)
+
+    def end(self, y: Any, scale: Any, shift: Any, layout: Any) -> Any:
+        """Of products y of rows, and of scale and shift in their place, those of the normalized rows."""
+        mean, inverse = (over_outputs(load(self.smem.at[i], layout.reduce(1)), y.shape) for i in range(2))
+        return (y - mean * over_rows(scale, y.shape)) * inverse + over_rows(shift, y.shape)
+
+
 class _Epilogue:
     """What becomes of a warpgroup's tiles.
 
     Args:
       given, outs: each product's arguments but x, and its result where that goes into no slots, in device memory.
       own_smem: [R, 64], for a tile on its way out.
-      row_smem: None, or where a norm ends here [2, R], each row's mean and inverse standard deviation.
+      norm: None, or one that ends here.
     """
 
     def __init__(
-        self, products: Sequence[Product], given: list[dict[str, Any]], outs: list[Any], own_smem: Any, row_smem: Any
+        self,
+        products: Sequence[Product],
+        given: list[dict[str, Any]],
+        outs: list[Any],
+        own_smem: Any,
+        norm: _Norm | None,
     ):
-        self.products, self.given, self.outs = products, given, outs
-        self.own_smem, self.row_smem = own_smem, row_smem
+        self.products, self.given, self.outs, self.own_smem, self.norm = products, given, outs, own_smem, norm
 
     def take_turns(self, stream: Stream) -> None:
         """Makes all tiles of a stream."""
@@ -131,13 +172,21 @@ class _Epilogue:
         def take_turn(turn: Any, carry: None) -> None:
             [partial] = stream.sums(turn)
             tile = stream.tile(turn, 0)
-            stream.gather(turn, partial)
+            if self.norm is not None:
+                self.norm.leave(turn)
             # Each warpgroup in its turn, while the others go on.
-            is_mine = lax.rem(turn, jnp.int32(launch.plan.warpgroups)) == warpgroup
-            for k, operand in enumerate(launch.operands):
-                own = tile - operand.first_tile
-                is_own = (own >= 0) & (own < operand.num_tiles)
-                pl.when(is_mine & is_own)(functools.partial(self._finish, stream, turn, own * TILE, k))
+            finisher = lax.rem(turn, jnp.int32(launch.plan.warpgroups))
+            stream.leave(turn, partial, finisher)
+
+            @pl.when(finisher == warpgroup)
+            def _finish():
+                stream.wait_for_all(finisher)
+                for k, operand in enumerate(launch.operands):
+                    own = tile - operand.first_tile
+                    is_own = (own >= 0) & (own < operand.num_tiles)
+                    pl.when(is_own)(functools.partial(self._finish, stream, turn, own * TILE, k))
+                stream.let_go(turn)
+
             return carry
 
         lax.fori_loop(0, stream.num_turns, take_turn, None)
@@ -178,10 +227,9 @@ class _Epilogue:
         if half is not None:
             outputs, layout = pl.ds(first + half * HALF, HALF), HALF_ROWS
         y = stream.gathered(number, half)
-        if self.row_smem is not None:
-            mean, inverse = (over_outputs(load(self.row_smem.at[i], layout.reduce(1)), y.shape) for i in range(2))
-            scale, shift = (over_rows(stream.gathered(number, half, row), y.shape) for row in (SCALE_ROW, SHIFT_ROW))
-            y = (y - mean * scale) * inverse + shift
+        if self.norm is not None:
+            scale, shift = (stream.gathered(number, half, row) for row in (SCALE_ROW, SHIFT_ROW))
+            y = self.norm.end(y, scale, shift, layout)
         y = y.astype(dtype)
         if bias is not None:
             y = y + over_rows(load(bias.at[outputs], layout.reduce(0)), y.shape)

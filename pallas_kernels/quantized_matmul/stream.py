@@ -35,6 +35,7 @@ from pallas_kernels.quantized_matmul.plan import Launch, Plan
 from pallas_kernels.quantized_matmul.rows import HALF_ROWS, ROWS, load
 
 MATRIX = plgpu.Layout.WGMMA
+PARITIES = 2  # of tiles whose sums are kept: one is read while the next one's are left
 
 
 def arrays_of(weight: Any) -> list[jax.Array]:
@@ -53,12 +54,12 @@ def scratch(launch: Launch, num_rows: int) -> dict[str, Any]:
     form, plan = launch.form, launch.plan
     W, stages, width, groups = plan.warpgroups, plan.stages, plan.width, plan.groups
     num_copies = 1 + (width if form == "native" else 2 * width)
-    parities = 2  # a tile's sums are read while the next tile's are left
     buffers = {
         "x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16),
         "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * stages),
-        "sums": plgpu.SMEM((parities, W, num_rows, TILE), jnp.float32),
-        "left": plgpu.Barrier(num_arrivals=W, num_barriers=parities),
+        "sums": plgpu.SMEM((PARITIES, W, num_rows, TILE), jnp.float32),
+        "left": plgpu.Barrier(num_arrivals=W, num_barriers=W),
+        "read": plgpu.Barrier(num_arrivals=1, num_barriers=PARITIES),
     }
     if plan.producer:
         buffers["empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=W * stages)
@@ -283,30 +284,43 @@ class Stream:
         plgpu.commit_smem()
         return ref
 
-    def gather(self, number: Any, partial: Any) -> None:
-        """Leaves this warpgroup's sums of a tile, and returns when all warpgroups of the block have left theirs.
+    def leave(self, number: Any, partial: Any, finisher: Any) -> None:
+        """Leaves this warpgroup's sums of a tile for the one that finishes it, and goes on.
 
         number: counts the tiles of the block.
         """
-        parity = lax.rem(jnp.int32(number), jnp.int32(2))
+        parity = _parity(number)
+        pl.when(jnp.int32(number) >= PARITIES)(lambda: plgpu.barrier_wait(self.smem["read"].at[parity]))
         target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
         target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.smem["left"].at[parity])
-        plgpu.barrier_wait(self.smem["left"].at[parity])
+        plgpu.barrier_arrive(self.smem["left"].at[finisher])
+
+    def wait_for_all(self, finisher: Any) -> None:
+        """Of a tile's finisher: returns when all warpgroups of the block have left their sums."""
+        plgpu.barrier_wait(self.smem["left"].at[finisher])
+
+    def let_go(self, number: Any) -> None:
+        """Of a tile's finisher: what it has `gathered` may be replaced, if there is a tile left to do so."""
+        is_replaced = number + PARITIES < self.num_turns * self.plan.width
+        pl.when(is_replaced)(lambda: plgpu.barrier_arrive(self.smem["read"].at[_parity(number)]))
 
     def gathered(self, number: Any, half: int | None = None, row: int | None = None) -> Any:
         """What all warpgroups have left of a tile, added up in their order: float32 [R, 64 outputs], as ROWS.
 
         half: 0 or 1 for half the outputs, as HALF_ROWS. row: for one row alone, in the layout of their outputs.
         """
-        parity = lax.rem(jnp.int32(number), jnp.int32(2))
+        parity = _parity(number)
         outputs, layout = pl.ds(0, TILE), ROWS
         if half is not None:
             outputs, layout = pl.ds(half * (TILE // 2), TILE // 2), HALF_ROWS
         rows, layout = (slice(None), layout) if row is None else (row, layout.reduce(0))
         parts = [load(self.smem["sums"].at[parity, w, rows, outputs], layout) for w in range(self.plan.warpgroups)]
         return sum(parts[1:], parts[0])
+
+
+def _parity(number: Any) -> Any:
+    return lax.rem(jnp.int32(number), jnp.int32(PARITIES))
 
 
 def run(plan: Plan, warpgroup: Any, make: Callable[[Any], Stream], consume: Callable[[Stream], None]) -> None:
