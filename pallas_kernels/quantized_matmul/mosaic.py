@@ -166,33 +166,42 @@ class _Epilogue:
         self.products, self.given, self.outs, self.own_smem, self.norm = products, given, outs, own_smem, norm
 
     def take_turns(self, stream: Stream) -> None:
-        """Makes all tiles of a stream."""
-        launch, warpgroup = stream.launch, stream.warpgroup
+        """Makes all tiles of a stream. Each is finished by one of the warpgroups, in turn.
 
-        def take_turn(turn: Any, carry: None) -> None:
-            [partial] = stream.sums(turn)
-            tile = stream.tile(turn, 0)
-            if self.norm is not None:
-                self.norm.leave(turn)
-            # Each warpgroup in its turn, while the others go on.
-            finisher = lax.rem(turn, jnp.int32(launch.plan.warpgroups))
-            stream.leave(turn, partial, finisher)
+        That one first does its share of the next tile. Were it to wait for the others at once, they would wait for it
+        with the next tile, and the finishing of all tiles would add up.
+        """
+        if stream.has_one_turn:
+            self._add_up(stream, jnp.int32(0))
+            self._finish(stream, jnp.int32(0))
+        else:
 
-            @pl.when(finisher == warpgroup)
-            def _finish():
-                stream.wait_for_all(finisher)
-                for k, operand in enumerate(launch.operands):
-                    own = tile - operand.first_tile
-                    is_own = (own >= 0) & (own < operand.num_tiles)
-                    pl.when(is_own)(functools.partial(self._finish, stream, turn, own * TILE, k))
-                stream.let_go(turn)
+            def take_turn(turn: Any, carry: None) -> None:
+                pl.when(turn < stream.num_turns)(lambda: self._add_up(stream, turn))
+                pl.when(turn > 0)(lambda: self._finish(stream, turn - 1))
+                return carry
 
-            return carry
-
-        lax.fori_loop(0, stream.num_turns, take_turn, None)
+            lax.fori_loop(0, stream.num_turns + 1, take_turn, None)
         wait_until_results_have_left()
 
-    def _finish(self, stream: Stream, number: Any, first: Any, k: int) -> None:
+    def _add_up(self, stream: Stream, turn: Any) -> None:
+        [partial] = stream.sums(turn)
+        if self.norm is not None:
+            self.norm.leave(turn)
+        stream.leave(turn, partial, _finisher(stream, turn))
+
+    def _finish(self, stream: Stream, turn: Any) -> None:
+        @pl.when(_finisher(stream, turn) == stream.warpgroup)
+        def _finish_own():
+            stream.wait_for_all(stream.warpgroup)
+            tile = stream.tile(turn, 0)
+            for k, operand in enumerate(stream.operands):
+                own = tile - operand.first_tile
+                is_own = (own >= 0) & (own < operand.num_tiles)
+                pl.when(is_own)(functools.partial(self._send, stream, turn, own * TILE, k))
+            stream.let_go(turn)
+
+    def _send(self, stream: Stream, number: Any, first: Any, k: int) -> None:
         """Adds up what all warpgroups have left of a tile, product k's outputs from `first`, and sends it off."""
         product, given, own_smem = self.products[k], self.given[k], self.own_smem
         part = functools.partial(self._part, stream, number, first, k)
@@ -235,6 +244,11 @@ class _Epilogue:
             y = y + over_rows(load(bias.at[outputs], layout.reduce(0)), y.shape)
         y = y.astype(jnp.float32)
         return rounded(gelu(y), dtype) if self.products[k].activation == "gelu" else y
+
+
+def _finisher(stream: Stream, turn: Any) -> Any:
+    """The warpgroup that finishes a turn's tile."""
+    return lax.rem(turn, jnp.int32(stream.plan.warpgroups))
 
 
 def parameters(interpretable: bool) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, shapes
-from pallas_kernels.attention_norm import attention_norm
+from pallas_kernels.attention_norm import attention_norm, attention_norm_deferred
 from pallas_kernels.attention_norm.mosaic import add_mosaic
 from pallas_kernels.attention_norm.reference import add_xla, attention_norm_reference
 from pallas_kernels.decode_attention import decode_attention, decode_attention_in_chain, mosaic
@@ -286,19 +286,26 @@ def test_ten_thousand_launches_that_hand_their_counters_on(model, batch, tokens)
 # Stages of a few rows
 
 
-@pytest.mark.parametrize("form", ["native", "int8", "int4"])
-@pytest.mark.parametrize(
+FORMS = pytest.mark.parametrize("form", ["native", "int8", "int4"])
+WIDTHS = pytest.mark.parametrize(
     ("width", "heads", "mlp_width"), [(8192, 8192, 32768), (4544, 4544, 18176), (2048, 2048, 8192)], ids=str
 )
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
+
+
+def weight(seed: int, num_inputs: int, num_outputs: int, form: str) -> Any:
+    w = normal(seed, num_inputs, num_outputs) * num_inputs**-0.5
+    return w if form == "native" else quantize(w, form)
+
+
+@FORMS
+@WIDTHS
 def test_ten_thousand_output_stages_give_the_same_bits(width, heads, mlp_width, form):
-    def normal(seed: int, *shape: int) -> jax.Array:
-        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
-
-    def weight(seed: int, size: int):
-        w = normal(seed, size, width) * size**-0.5
-        return w if form == "native" else quantize(w, form)
-
-    xs, weights = [normal(0, 8, heads), normal(1, 8, mlp_width)], [weight(2, heads), weight(3, mlp_width)]
+    xs = [normal(0, 8, heads), normal(1, 8, mlp_width)]
+    weights = [weight(2, heads, width, form), weight(3, mlp_width, width, form)]
     residual, norms = normal(4, 8, width), [(normal(5, width), normal(6, width))]
 
     @jax.jit
@@ -325,17 +332,49 @@ def test_ten_thousand_output_stages_give_the_same_bits(width, heads, mlp_width, 
     require_close(normed, plain_normed, exact_normed)
 
 
-@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@FORMS
+@WIDTHS
+def test_ten_thousand_norms_that_end_where_they_are_read_give_the_same_bits(width, heads, mlp_width, form):
+    xs, residual, norms = [normal(0, 8, heads)], normal(4, 8, width), [(normal(5, width), normal(6, width))]
+    weights, bias, up = [weight(2, heads, width, form)], normal(7, mlp_width), weight(3, width, mlp_width, form)
+
+    def stages(implementation, xs, weights, residual, norms, bias, up):
+        out, (rows,), moments = attention_norm_deferred(
+            xs, weights, residual, norms, epsilon=1e-5, implementation=implementation
+        )
+        product = Product(rows, up, mlp_width, bias, "gelu")
+        (made,) = project([product], moments=moments, implementation=implementation)
+        return out[:6], rows, made[:6]
+
+    @jax.jit
+    def repeat(*arguments):
+        first = stages("mosaic", *arguments)
+
+        def again(_, num_wrong):
+            # Each pass reads what the one before made, times nothing: none of them can be left out.
+            xs, weights, residual, *rest = arguments
+            made = stages("mosaic", xs, weights, residual + jnp.minimum(num_wrong, 0).astype(residual.dtype), *rest)
+            wrong = [jnp.any(some != other) for some, other in zip(made, first, strict=True)]
+            return num_wrong + jnp.any(jnp.stack(wrong))
+
+        return first, jax.lax.fori_loop(0, 10_000, again, jnp.int32(0))
+
+    arguments = xs, weights, residual, norms, bias, up
+    (out, _, made), num_wrong = repeat(*arguments)
+    assert num_wrong == 0
+    plain_out, _, plain = stages("xla", *arguments)
+    in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), (xs, residual, norms, bias))
+    exact_out, (normed,) = attention_norm_reference(in_float32[0], weights, [], in_float32[1], in_float32[2], 1e-5)
+    require_close(out, plain_out, exact_out[:6])
+    require_close(made, plain, product_reference(Product(normed, up, mlp_width, in_float32[3], "gelu"))[:6])
+
+
+@FORMS
 @pytest.mark.parametrize(("width", "sizes"), [(8192, (1024, 4096)), (4544, (4544, 2304))], ids=str)
 def test_a_devices_part_of_an_output_stage(width, sizes, form):
-    def normal(seed: int, *shape: int) -> jax.Array:
-        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
-
     xs = [normal(i, 8, size) for i, size in enumerate(sizes)]
-    weights = [normal(2 + i, size, width) * size**-0.5 for i, size in enumerate(sizes)]
-    if form != "native":
-        weights = [quantize(weight, form) for weight in weights]
-    plain = add_xla([Product(x, weight, width) for x, weight in zip(xs, weights, strict=True)])
+    weights = [weight(2 + i, size, width, form) for i, size in enumerate(sizes)]
+    plain = add_xla([Product(x, w, width) for x, w in zip(xs, weights, strict=True)])
     nothing = jnp.zeros((8, width), jnp.float32)
     exact, _ = attention_norm_reference([x.astype(jnp.float32) for x in xs], weights, [], nothing, [], 1e-5)
     require_close(jax.jit(add_mosaic, static_argnums=2)(xs, weights, width), plain, exact)
@@ -344,7 +383,7 @@ def test_a_devices_part_of_an_output_stage(width, sizes, form):
 # Stages of many rows
 
 
-@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@FORMS
 @pytest.mark.parametrize(
     ("num_inputs", "outputs"), [(4544, (4544, 64, 64, 18176)), (384, (384, 64, 64, 1536)), (256, (320, 192))], ids=str
 )
