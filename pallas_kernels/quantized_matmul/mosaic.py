@@ -1,7 +1,7 @@
 """Products of a few rows with weights for Hopper, several in one launch: Pallas, Mosaic GPU. See stream.py."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from pallas_kernels.quantized_matmul.rows import (
 from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch
 
 HALF = TILE // 2
+NUM_EARLY = 8  # rows whose places in slots are read at the beginning
 
 
 def project_mosaic(
@@ -69,7 +70,7 @@ def _launch(
     ]
     flat, treedef = jax.tree.flatten((inputs, moments and moments.tiles))
 
-    def body(*refs: Any, smem: dict[str, Any], out_smem: Any, row_smem: Any = None) -> None:
+    def body(*refs: Any, smem: dict[str, Any], after: dict[str, Any]) -> None:
         (given, tiles), made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
         outs: list[Any] = [next(made) if product.slots is None else None for product in products]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -82,18 +83,20 @@ def _launch(
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
-            norm = None if moments is None else _Norm(tiles, row_smem, width, moments.epsilon, warpgroup, interpretable)
+            norm = None if moments is None else _Norm(stream, tiles, after["rows"], width, moments.epsilon)
+            epilogue = _Epilogue(products, given, outs, after, norm, stream)
             stream.begin()
-            _Epilogue(products, given, outs, out_smem.at[warpgroup], norm).take_turns(stream)
+            epilogue.take_turns()
 
         run(plan, warpgroup, make, consume)
 
-    scratch_types: dict[str, Any] = {
-        "smem": scratch(launch, num_rows),
-        "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
-    }
+    dtype = products[0].x.dtype
+    after: dict[str, Any] = {"tile": plgpu.SMEM((plan.warpgroups, num_rows, TILE), dtype)}
+    if any(product.bias is not None for product in products):
+        after["bias"] = plgpu.SMEM((plan.warpgroups, TILE), dtype)
+        after["bias_there"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
     if moments is not None:
-        scratch_types["row_smem"] = plgpu.SMEM((2, num_rows), jnp.float32)
+        after["rows"] = plgpu.SMEM((2, num_rows), jnp.float32)
     made = plgpu.kernel(
         body,
         out_type=out_types,
@@ -103,7 +106,7 @@ def _launch(
         thread_name="warpgroup",
         kernel_name="project",
         compiler_params=parameters(interpretable),
-        scratch_types=scratch_types,
+        scratch_types={"smem": scratch(launch, num_rows), "after": after},
     )(*flat)
     results = iter(made)
     return [
@@ -113,7 +116,8 @@ def _launch(
 
 
 class _Norm:
-    """The end of a layer norm. The first warpgroup puts a row's moments together, for all.
+    """The end of a layer norm. The last warpgroup, which never has more inputs than another, puts the moments of rows
+    together for all.
 
     What it needs is asked for before any weights, and not waited for until a tile's products have been added up: behind
     the weights that a block asks for at first it would come microseconds later, and those be looked at as late.
@@ -123,21 +127,21 @@ class _Norm:
       smem: [2, R], for each row's mean and inverse standard deviation.
     """
 
-    def __init__(self, tiles: Any, smem: Any, width: int, epsilon: float, warpgroup: Any, interpretable: bool):
-        self.smem, self.width, self.epsilon = smem, width, epsilon
-        self.is_first, self.interpretable = warpgroup == 0, interpretable
+    def __init__(self, stream: Stream, tiles: Any, smem: Any, width: int, epsilon: float):
+        self.smem, self.width, self.epsilon, self.interpretable = smem, width, epsilon, stream.interpretable
+        self.is_last = stream.warpgroup == stream.plan.warpgroups - 1
         nothing = filled(tiles.shape[1:], 0.0, ROWS)
         self.of_tiles = lax.cond(
-            self.is_first, lambda: (load(tiles.at[0]), load(tiles.at[1])), lambda: (nothing, nothing)
+            self.is_last, lambda: (load(tiles.at[0]), load(tiles.at[1])), lambda: (nothing, nothing)
         )
 
     def leave(self, turn: Any) -> None:
-        """In the first turn, before the block's warpgroups meet, leaves what `end` reads after that."""
+        """In the first turn, before its finisher waits for the others, leaves what `end` reads after that."""
 
-        @pl.when(self.is_first & (turn == 0))
+        @pl.when(self.is_last & (turn == 0))
         def _leave():
-            of_tiles = self.of_tiles if self.interpretable else map(not_before, self.of_tiles)
-            for i, of_rows in enumerate(moments_of_rows(*of_tiles, self.width, self.epsilon)):
+            means, squares = self.of_tiles if self.interpretable else map(not_before, self.of_tiles)
+            for i, of_rows in enumerate(moments_of_rows(means, squares, self.width, self.epsilon)):
                 store(self.smem.at[i], of_rows)
 
     def end(self, y: Any, scale: Any, shift: Any, layout: Any) -> Any:
@@ -151,8 +155,9 @@ class _Epilogue:
 
     Args:
       given, outs: each product's arguments but x, and its result where that goes into no slots, in device memory.
-      own_smem: [R, 64], for a tile on its way out.
+      smem: for each warpgroup a tile [R, 64] on its way out, and the biases of its outputs.
       norm: None, or one that ends here.
+      stream: the warpgroup's.
     """
 
     def __init__(
@@ -160,51 +165,73 @@ class _Epilogue:
         products: Sequence[Product],
         given: list[dict[str, Any]],
         outs: list[Any],
-        own_smem: Any,
+        smem: dict[str, Any],
         norm: _Norm | None,
+        stream: Stream,
     ):
-        self.products, self.given, self.outs, self.own_smem, self.norm = products, given, outs, own_smem, norm
+        self.products, self.given, self.outs, self.norm, self.stream = products, given, outs, norm, stream
+        self.own_smem = smem["tile"].at[stream.warpgroup]
+        if "bias" in smem:
+            self.bias, self.bias_there = (smem[name].at[stream.warpgroup] for name in ("bias", "bias_there"))
+        # Read before there are weights to wait behind. More rows would take too many registers.
+        places = [[] if arguments["slots"] is None else arguments["slots"][1] for arguments in given]
+        self.places = [[array[row] for row in range(min(len(array), NUM_EARLY))] for array in places]
 
-    def take_turns(self, stream: Stream) -> None:
-        """Makes all tiles of a stream. Each is finished by one of the warpgroups, in turn.
+    def take_turns(self) -> None:
+        """Makes all tiles of the stream. Each is finished by one of the warpgroups, in turn.
 
         That one first does its share of the next tile. Were it to wait for the others at once, they would wait for it
         with the next tile, and the finishing of all tiles would add up.
         """
-        if stream.has_one_turn:
-            self._add_up(stream, jnp.int32(0))
-            self._finish(stream, jnp.int32(0))
+        if self.stream.has_one_turn:
+            self._add_up(jnp.int32(0))
+            self._finish(jnp.int32(0))
         else:
 
             def take_turn(turn: Any, carry: None) -> None:
-                pl.when(turn < stream.num_turns)(lambda: self._add_up(stream, turn))
-                pl.when(turn > 0)(lambda: self._finish(stream, turn - 1))
+                pl.when(turn < self.stream.num_turns)(lambda: self._add_up(turn))
+                pl.when(turn > 0)(lambda: self._finish(turn - 1))
                 return carry
 
-            lax.fori_loop(0, stream.num_turns + 1, take_turn, None)
+            lax.fori_loop(0, self.stream.num_turns + 1, take_turn, None)
         wait_until_results_have_left()
 
-    def _add_up(self, stream: Stream, turn: Any) -> None:
-        [partial] = stream.sums(turn)
+    def _add_up(self, turn: Any) -> None:
+        self._each_own(turn, self._fetch)
+        [partial] = self.stream.sums(turn)
         if self.norm is not None:
             self.norm.leave(turn)
-        stream.leave(turn, partial, _finisher(stream, turn))
+        self.stream.leave(turn, partial, self._finisher(turn))
 
-    def _finish(self, stream: Stream, turn: Any) -> None:
-        @pl.when(_finisher(stream, turn) == stream.warpgroup)
+    def _finish(self, turn: Any) -> None:
+        @pl.when(self._finisher(turn) == self.stream.warpgroup)
         def _finish_own():
-            stream.wait_for_all(stream.warpgroup)
-            tile = stream.tile(turn, 0)
-            for k, operand in enumerate(stream.operands):
-                own = tile - operand.first_tile
-                is_own = (own >= 0) & (own < operand.num_tiles)
-                pl.when(is_own)(functools.partial(self._send, stream, turn, own * TILE, k))
-            stream.let_go(turn)
+            self.stream.wait_for_all(self.stream.warpgroup)
+            self._each_own(turn, functools.partial(self._send, turn))
+            self.stream.let_go(turn)
 
-    def _send(self, stream: Stream, number: Any, first: Any, k: int) -> None:
+    def _finisher(self, turn: Any) -> Any:
+        """The warpgroup that finishes a turn's tile."""
+        return lax.rem(turn, jnp.int32(self.stream.plan.warpgroups))
+
+    def _each_own(self, turn: Any, do: Callable[[Any, int], None]) -> None:
+        """do(first, k) where this warpgroup finishes the turn's tile, which is product k's outputs from `first`."""
+        is_finisher, tile = self._finisher(turn) == self.stream.warpgroup, self.stream.tile(turn, 0)
+        for k, operand in enumerate(self.stream.operands):
+            own = tile - operand.first_tile
+            is_own = (own >= 0) & (own < operand.num_tiles)
+            pl.when(is_finisher & is_own)(functools.partial(do, own * TILE, k))
+
+    def _fetch(self, first: Any, k: int) -> None:
+        if self.products[k].bias is not None:
+            plgpu.copy_gmem_to_smem(self.given[k]["bias"].at[pl.ds(first, TILE)], self.bias, self.bias_there)
+
+    def _send(self, number: Any, first: Any, k: int) -> None:
         """Adds up what all warpgroups have left of a tile, product k's outputs from `first`, and sends it off."""
         product, given, own_smem = self.products[k], self.given[k], self.own_smem
-        part = functools.partial(self._part, stream, number, first, k)
+        if product.bias is not None:
+            plgpu.barrier_wait(self.bias_there)
+        part = functools.partial(self._part, number, k)
         if product.rotary is None:
             parts = {(0, TILE): part()}
         else:
@@ -222,33 +249,32 @@ class _Epilogue:
             return
         slots, places = given["slots"]
 
-        def put(row: Any, carry: None) -> None:
+        def put(row: Any, place: Any) -> None:
             # A place past the last one is out of bounds, where copies write nothing.
-            plgpu.copy_smem_to_gmem(own_smem.at[pl.ds(row, 1)], slots.at[pl.ds(places[row], 1), outputs])
+            plgpu.copy_smem_to_gmem(own_smem.at[pl.ds(row, 1)], slots.at[pl.ds(place, 1), outputs])
+
+        def put_later(row: Any, carry: None) -> None:
+            put(row, places[row])
             return carry
 
-        lax.fori_loop(0, places.shape[0], put, None)
+        for row, place in enumerate(self.places[k]):
+            put(row, place)
+        lax.fori_loop(len(self.places[k]), places.shape[0], put_later, None)
 
-    def _part(self, stream: Stream, number: Any, first: Any, k: int, half: int | None = None) -> Any:
+    def _part(self, number: Any, k: int, half: int | None = None) -> Any:
         """The tile but for its rotation, or a half of it: float32 with the precision of the result."""
-        bias, dtype = self.given[k]["bias"], self.own_smem.dtype
-        outputs, layout = pl.ds(first, TILE), ROWS
+        dtype, outputs, layout = self.own_smem.dtype, pl.ds(0, TILE), ROWS
         if half is not None:
-            outputs, layout = pl.ds(first + half * HALF, HALF), HALF_ROWS
-        y = stream.gathered(number, half)
+            outputs, layout = pl.ds(half * HALF, HALF), HALF_ROWS
+        y = self.stream.gathered(number, half)
         if self.norm is not None:
-            scale, shift = (stream.gathered(number, half, row) for row in (SCALE_ROW, SHIFT_ROW))
+            scale, shift = (self.stream.gathered(number, half, row) for row in (SCALE_ROW, SHIFT_ROW))
             y = self.norm.end(y, scale, shift, layout)
         y = y.astype(dtype)
-        if bias is not None:
-            y = y + over_rows(load(bias.at[outputs], layout.reduce(0)), y.shape)
+        if self.products[k].bias is not None:
+            y = y + over_rows(load(self.bias.at[outputs], layout.reduce(0)), y.shape)
         y = y.astype(jnp.float32)
         return rounded(gelu(y), dtype) if self.products[k].activation == "gelu" else y
-
-
-def _finisher(stream: Stream, turn: Any) -> Any:
-    """The warpgroup that finishes a turn's tile."""
-    return lax.rem(turn, jnp.int32(stream.plan.warpgroups))
 
 
 def parameters(interpretable: bool) -> Any:
