@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import LOG2E, filled, rounded, store, wait_until_results_have_left
+from pallas_kernels.hopper import LOG2E, ask_for, filled, rounded, store, wait_until_results_have_left
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch
@@ -29,7 +29,6 @@ from pallas_kernels.quantized_matmul.rows import (
 from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch
 
 HALF = TILE // 2
-NUM_EARLY = 8  # rows whose places in slots are read at the beginning
 
 
 def project_mosaic(
@@ -173,9 +172,14 @@ class _Epilogue:
         self.own_smem = smem["tile"].at[stream.warpgroup]
         if "bias" in smem:
             self.bias, self.bias_there = (smem[name].at[stream.warpgroup] for name in ("bias", "bias_there"))
-        # Read before there are weights to wait behind. More rows would take too many registers.
-        places = [[] if arguments["slots"] is None else arguments["slots"][1] for arguments in given]
-        self.places = [[array[row] for row in range(min(len(array), NUM_EARLY))] for array in places]
+        if not stream.interpretable:
+            pl.when(stream.warpgroup == 0)(self._ask_for_small_arrays)
+
+    def _ask_for_small_arrays(self) -> None:
+        """What is read when a tile is finished, and has left the cache since the layer before."""
+        for given in self.given:
+            for array in (*(given["rotary"] or ()), *(given["slots"] or ())[1:]):
+                ask_for(array)
 
     def take_turns(self) -> None:
         """Makes all tiles of the stream. Each is finished by one of the warpgroups, in turn.
@@ -249,17 +253,12 @@ class _Epilogue:
             return
         slots, places = given["slots"]
 
-        def put(row: Any, place: Any) -> None:
+        def put(row: Any, carry: None) -> None:
             # A place past the last one is out of bounds, where copies write nothing.
-            plgpu.copy_smem_to_gmem(own_smem.at[pl.ds(row, 1)], slots.at[pl.ds(place, 1), outputs])
-
-        def put_later(row: Any, carry: None) -> None:
-            put(row, places[row])
+            plgpu.copy_smem_to_gmem(own_smem.at[pl.ds(row, 1)], slots.at[pl.ds(places[row], 1), outputs])
             return carry
 
-        for row, place in enumerate(self.places[k]):
-            put(row, place)
-        lax.fori_loop(len(self.places[k]), places.shape[0], put_later, None)
+        lax.fori_loop(0, places.shape[0], put, None)
 
     def _part(self, number: Any, k: int, half: int | None = None) -> Any:
         """The tile but for its rotation, or a half of it: float32 with the precision of the result."""
