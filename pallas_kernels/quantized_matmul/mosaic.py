@@ -182,22 +182,14 @@ class _Epilogue:
                 ask_for(array)
 
     def take_turns(self) -> None:
-        """Makes all tiles of the stream. Each is finished by one of the warpgroups, in turn.
+        """Makes all tiles of the stream. Each warpgroup finishes one in its turn, while the others go on."""
 
-        That one first does its share of the next tile. Were it to wait for the others at once, they would wait for it
-        with the next tile, and the finishing of all tiles would add up.
-        """
-        if self.stream.has_one_turn:
-            self._add_up(jnp.int32(0))
-            self._finish(jnp.int32(0))
-        else:
+        def take_turn(turn: Any, carry: None) -> None:
+            self._add_up(turn)
+            self._finish(turn)
+            return carry
 
-            def take_turn(turn: Any, carry: None) -> None:
-                pl.when(turn < self.stream.num_turns)(lambda: self._add_up(turn))
-                pl.when(turn > 0)(lambda: self._finish(turn - 1))
-                return carry
-
-            lax.fori_loop(0, self.stream.num_turns + 1, take_turn, None)
+        lax.fori_loop(0, self.stream.num_turns, take_turn, None)
         wait_until_results_have_left()
 
     def _add_up(self, turn: Any) -> None:
