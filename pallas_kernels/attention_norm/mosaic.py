@@ -147,7 +147,7 @@ def _launch(
             return Stream(
                 launch, arrays["weights"],
                 block=block, split=split, warpgroup=warpgroup,
-                xs=arrays["xs"], smem=smem, interpretable=interpretable,
+                xs=arrays["xs"], smem=smem, in_turn=False, interpretable=interpretable,
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
@@ -242,8 +242,8 @@ class _Block:
         if "parts" in self.smem:
             sending.wait_for_all_open()
         for i, partial in enumerate(sums):
-            self.stream.leave(i, partial, 0)
-            pl.when(self.warpgroup == 0)(functools.partial(self.finish, i))
+            self.stream.leave(i, partial)
+            pl.when(self.stream.is_finisher(i))(functools.partial(self.finish, i))
         if self.settings.meets:
             pl.when(self.warpgroup == 0)(self.meet_and_normalize)
         else:
@@ -251,7 +251,7 @@ class _Block:
 
     def finish(self, i: int) -> None:
         """What becomes of the sums of this block's i-th tile."""
-        self.stream.wait_for_all(0)
+        self.stream.wait_for_all(i)
         if self.settings.plan.splits > 1:
             self.share_out(i)
         exists = self.tile(i) < self.settings.num_tiles

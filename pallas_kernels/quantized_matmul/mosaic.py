@@ -78,7 +78,7 @@ def _launch(
             return Stream(
                 launch, [g["weights"] for g in given],
                 block=block, split=jnp.int32(0), warpgroup=warpgroup,
-                xs=[g["x"] for g in given], smem=smem, interpretable=interpretable,
+                xs=[g["x"] for g in given], smem=smem, in_turn=True, interpretable=interpretable,
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
@@ -197,22 +197,18 @@ class _Epilogue:
         [partial] = self.stream.sums(turn)
         if self.norm is not None:
             self.norm.leave(turn)
-        self.stream.leave(turn, partial, self._finisher(turn))
+        self.stream.leave(turn, partial)
 
     def _finish(self, turn: Any) -> None:
-        @pl.when(self._finisher(turn) == self.stream.warpgroup)
+        @pl.when(self.stream.is_finisher(turn))
         def _finish_own():
-            self.stream.wait_for_all(self.stream.warpgroup)
+            self.stream.wait_for_all(turn)
             self._each_own(turn, functools.partial(self._send, turn))
             self.stream.let_go(turn)
 
-    def _finisher(self, turn: Any) -> Any:
-        """The warpgroup that finishes a turn's tile."""
-        return lax.rem(turn, jnp.int32(self.stream.plan.warpgroups))
-
     def _each_own(self, turn: Any, do: Callable[[Any, int], None]) -> None:
         """do(first, k) where this warpgroup finishes the turn's tile, which is product k's outputs from `first`."""
-        is_finisher, tile = self._finisher(turn) == self.stream.warpgroup, self.stream.tile(turn, 0)
+        is_finisher, tile = self.stream.is_finisher(turn), self.stream.tile(turn, 0)
         for k, operand in enumerate(self.stream.operands):
             own = tile - operand.first_tile
             is_own = (own >= 0) & (own < operand.num_tiles)

@@ -58,7 +58,7 @@ def scratch(launch: Launch, num_rows: int) -> dict[str, Any]:
         "x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16),
         "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * stages),
         "sums": plgpu.SMEM((PARITIES, W, num_rows, TILE), jnp.float32),
-        "left": plgpu.Barrier(num_arrivals=W, num_barriers=W),
+        "left": plgpu.Barrier(num_arrivals=W, num_barriers=max(W, PARITIES)),
         "read": plgpu.Barrier(num_arrivals=1, num_barriers=PARITIES),
     }
     if plan.producer:
@@ -84,6 +84,7 @@ class Stream:
       block, split, warpgroup: whose it is.
       xs: each operand's x [R, I] in device memory.
       smem: as `scratch` says.
+      in_turn: whether the block's warpgroups finish its tiles in turn, or the first one all.
     """
 
     def __init__(
@@ -96,12 +97,13 @@ class Stream:
         warpgroup: Any,
         xs: Sequence[Any],
         smem: dict[str, Any],
+        in_turn: bool,
         interpretable: bool,
     ):
         self.launch, self.operands, self.plan, self.form = launch, launch.operands, launch.plan, launch.form
         self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
         plan, self.is_sum = self.plan, launch.is_sum
-        self.block, self.warpgroup = block, warpgroup
+        self.block, self.warpgroup, self.in_turn = block, warpgroup, in_turn
         # This one's index among those that share out a tile's inputs.
         self.index, self.num_shares = split * plan.warpgroups + warpgroup, plan.splits * plan.warpgroups
         if not self.is_sum and plan.width != 1:
@@ -284,7 +286,17 @@ class Stream:
         plgpu.commit_smem()
         return ref
 
-    def leave(self, number: Any, partial: Any, finisher: Any) -> None:
+    def is_finisher(self, number: Any) -> Any:
+        """Whether this warpgroup finishes the block's tile of that number."""
+        return self.warpgroup == (lax.rem(jnp.int32(number), jnp.int32(self.plan.warpgroups)) if self.in_turn else 0)
+
+    def _left_barrier(self, number: Any) -> Any:
+        """On which a tile's sums are counted: no two tiles that follow one another have the same, or who is early would
+        count for who is late. And one warpgroup waits for it each time."""
+        period = self.plan.warpgroups if self.in_turn else PARITIES
+        return self.smem["left"].at[lax.rem(jnp.int32(number), jnp.int32(period))]
+
+    def leave(self, number: Any, partial: Any) -> None:
         """Leaves this warpgroup's sums of a tile for the one that finishes it, and goes on.
 
         number: counts the tiles of the block.
@@ -294,11 +306,11 @@ class Stream:
         target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
         target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.smem["left"].at[finisher])
+        plgpu.barrier_arrive(self._left_barrier(number))
 
-    def wait_for_all(self, finisher: Any) -> None:
+    def wait_for_all(self, number: Any) -> None:
         """Of a tile's finisher: returns when all warpgroups of the block have left their sums."""
-        plgpu.barrier_wait(self.smem["left"].at[finisher])
+        plgpu.barrier_wait(self._left_barrier(number))
 
     def let_go(self, number: Any) -> None:
         """Of a tile's finisher: what it has `gathered` may be replaced, if there is a tile left to do so."""

@@ -47,6 +47,7 @@ OUTPUT_STAGES = [
     ("native", (128, 256), 128, 8, 2, 0, 2, Plan(2, 2)),
     ("native", (256,), 128, 8, 1, 1, 4, Plan(2, 2, splits=2)),
     ("int8", (256,), 192, 16, 1, 1, 2, Plan(1, 2, width=2)),
+    ("int8", (640,), 256, 8, 1, 0, 2, Plan(3, 2, width=4)),
     ("int4", (256, 512), 256, 8, 1, 0, 4, Plan(2, 2, groups=2, producer=True)),
     ("int4", (192, 320), 192, 8, 2, 0, 4, Plan(1, 3, width=2, splits=2, producer=True)),
 ]
