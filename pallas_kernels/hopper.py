@@ -29,12 +29,10 @@ from pallas_kernels.instructions import (
     is_first_thread,
     multiply,
     number,
-    own_thread,
     scalar,
 )
 
 LOG2E = math.log2(math.e)  # exponentials are base 2
-LINE_BYTES = 128  # that the cache has together
 Accumulator = plgpu.WGMMAAccumulatorRef
 
 
@@ -62,19 +60,6 @@ def wait_until_results_have_left() -> None:
     they have been read. That they are in device memory is what the end of the launch means; nobody waits for it here.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def ask_for(ref: Any) -> None:
-    """Asks for up to 16 KB of an array to be brought into the GPU's cache. For a warpgroup; waits for nothing."""
-    num_lines = -(-math.prod(ref.shape) * ref.dtype.itemsize // LINE_BYTES)
-
-    @inlined(REF)
-    def emit(_, ref):
-        line = own_thread()
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, line, integer(num_lines))):
-            do("prefetch.global.L2 [$0];", device_address(ref, line, LINE_BYTES))
-
-    emit(ref)
 
 
 def fence_memory() -> None:

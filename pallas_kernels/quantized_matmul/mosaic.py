@@ -1,7 +1,7 @@
 """Products of a few rows with weights for Hopper, several in one launch: Pallas, Mosaic GPU. See stream.py."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import LOG2E, ask_for, filled, rounded, store, wait_until_results_have_left
+from pallas_kernels.hopper import LOG2E, filled, rounded, store, wait_until_results_have_left
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch
@@ -69,7 +69,7 @@ def _launch(
     ]
     flat, treedef = jax.tree.flatten((inputs, moments and moments.tiles))
 
-    def body(*refs: Any, smem: dict[str, Any], after: dict[str, Any]) -> None:
+    def body(*refs: Any, smem: dict[str, Any], out_smem: Any, row_smem: Any = None) -> None:
         (given, tiles), made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
         outs: list[Any] = [next(made) if product.slots is None else None for product in products]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -82,20 +82,18 @@ def _launch(
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
-            norm = None if moments is None else _Norm(stream, tiles, after["rows"], width, moments.epsilon)
-            epilogue = _Epilogue(products, given, outs, after, norm, stream)
+            norm = None if moments is None else _Norm(stream, tiles, row_smem, width, moments.epsilon)
             stream.begin()
-            epilogue.take_turns()
+            _Epilogue(products, given, outs, out_smem.at[warpgroup], norm).take_turns(stream)
 
         run(plan, warpgroup, make, consume)
 
-    dtype = products[0].x.dtype
-    after: dict[str, Any] = {"tile": plgpu.SMEM((plan.warpgroups, num_rows, TILE), dtype)}
-    if any(product.bias is not None for product in products):
-        after["bias"] = plgpu.SMEM((plan.warpgroups, TILE), dtype)
-        after["bias_there"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
+    scratch_types: dict[str, Any] = {
+        "smem": scratch(launch, num_rows),
+        "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
+    }
     if moments is not None:
-        after["rows"] = plgpu.SMEM((2, num_rows), jnp.float32)
+        scratch_types["row_smem"] = plgpu.SMEM((2, num_rows), jnp.float32)
     made = plgpu.kernel(
         body,
         out_type=out_types,
@@ -105,7 +103,7 @@ def _launch(
         thread_name="warpgroup",
         kernel_name="project",
         compiler_params=parameters(interpretable),
-        scratch_types={"smem": scratch(launch, num_rows), "after": after},
+        scratch_types=scratch_types,
     )(*flat)
     results = iter(made)
     return [
@@ -115,29 +113,29 @@ def _launch(
 
 
 class _Norm:
-    """The end of a layer norm. The last warpgroup, which never has more inputs than another, puts the moments of rows
-    together for all.
+    """The end of a layer norm (deferred.py). The first warpgroup puts the moments of rows together, for all.
 
-    What it needs is asked for before any weights, and not waited for until a tile's products have been added up: behind
-    the weights that a block asks for at first it would come microseconds later, and those be looked at as late.
+    What it needs is asked for before any weights, behind which it would come microseconds later, and not used until a
+    tile's products have been added up.
 
     Args:
+      stream: the warpgroup's, not begun.
       tiles: moments of the rows' tiles, in device memory.
       smem: [2, R], for each row's mean and inverse standard deviation.
     """
 
     def __init__(self, stream: Stream, tiles: Any, smem: Any, width: int, epsilon: float):
-        self.smem, self.width, self.epsilon, self.interpretable = smem, width, epsilon, stream.interpretable
-        self.is_last = stream.warpgroup == stream.plan.warpgroups - 1
+        self.smem, self.width, self.epsilon = smem, width, epsilon
+        self.is_first, self.interpretable = stream.warpgroup == 0, stream.interpretable
         nothing = filled(tiles.shape[1:], 0.0, ROWS)
         self.of_tiles = lax.cond(
-            self.is_last, lambda: (load(tiles.at[0]), load(tiles.at[1])), lambda: (nothing, nothing)
+            self.is_first, lambda: (load(tiles.at[0]), load(tiles.at[1])), lambda: (nothing, nothing)
         )
 
     def leave(self, turn: Any) -> None:
-        """In the first turn, before its finisher waits for the others, leaves what `end` reads after that."""
+        """In the first turn, before the block's warpgroups meet, leaves what `end` reads after that."""
 
-        @pl.when(self.is_last & (turn == 0))
+        @pl.when(self.is_first & (turn == 0))
         def _leave():
             means, squares = self.of_tiles if self.interpretable else map(not_before, self.of_tiles)
             for i, of_rows in enumerate(moments_of_rows(means, squares, self.width, self.epsilon)):
@@ -154,9 +152,8 @@ class _Epilogue:
 
     Args:
       given, outs: each product's arguments but x, and its result where that goes into no slots, in device memory.
-      smem: for each warpgroup a tile [R, 64] on its way out, and the biases of its outputs.
+      own_smem: [R, 64], for a tile on its way out.
       norm: None, or one that ends here.
-      stream: the warpgroup's.
     """
 
     def __init__(
@@ -164,66 +161,39 @@ class _Epilogue:
         products: Sequence[Product],
         given: list[dict[str, Any]],
         outs: list[Any],
-        smem: dict[str, Any],
+        own_smem: Any,
         norm: _Norm | None,
-        stream: Stream,
     ):
-        self.products, self.given, self.outs, self.norm, self.stream = products, given, outs, norm, stream
-        self.own_smem = smem["tile"].at[stream.warpgroup]
-        if "bias" in smem:
-            self.bias, self.bias_there = (smem[name].at[stream.warpgroup] for name in ("bias", "bias_there"))
-        if not stream.interpretable:
-            pl.when(stream.warpgroup == 0)(self._ask_for_small_arrays)
+        self.products, self.given, self.outs, self.own_smem, self.norm = products, given, outs, own_smem, norm
 
-    def _ask_for_small_arrays(self) -> None:
-        """What is read when a tile is finished, and has left the cache since the layer before."""
-        for given in self.given:
-            for array in (*(given["rotary"] or ()), *(given["slots"] or ())[1:]):
-                ask_for(array)
-
-    def take_turns(self) -> None:
-        """Makes all tiles of the stream. Each warpgroup finishes one in its turn, while the others go on."""
+    def take_turns(self, stream: Stream) -> None:
+        """Makes all tiles of a stream."""
 
         def take_turn(turn: Any, carry: None) -> None:
-            self._add_up(turn)
-            self._finish(turn)
+            [partial] = stream.sums(turn)
+            tile = stream.tile(turn, 0)
+            if self.norm is not None:
+                self.norm.leave(turn)
+            stream.leave(turn, partial)
+
+            @pl.when(stream.is_finisher(turn))
+            def _finish():
+                stream.wait_for_all(turn)
+                for k, operand in enumerate(stream.operands):
+                    own = tile - operand.first_tile
+                    is_own = (own >= 0) & (own < operand.num_tiles)
+                    pl.when(is_own)(functools.partial(self._finish, stream, turn, own * TILE, k))
+                stream.let_go(turn)
+
             return carry
 
-        lax.fori_loop(0, self.stream.num_turns, take_turn, None)
+        lax.fori_loop(0, stream.num_turns, take_turn, None)
         wait_until_results_have_left()
 
-    def _add_up(self, turn: Any) -> None:
-        self._each_own(turn, self._fetch)
-        [partial] = self.stream.sums(turn)
-        if self.norm is not None:
-            self.norm.leave(turn)
-        self.stream.leave(turn, partial)
-
-    def _finish(self, turn: Any) -> None:
-        @pl.when(self.stream.is_finisher(turn))
-        def _finish_own():
-            self.stream.wait_for_all(turn)
-            self._each_own(turn, functools.partial(self._send, turn))
-            self.stream.let_go(turn)
-
-    def _each_own(self, turn: Any, do: Callable[[Any, int], None]) -> None:
-        """do(first, k) where this warpgroup finishes the turn's tile, which is product k's outputs from `first`."""
-        is_finisher, tile = self.stream.is_finisher(turn), self.stream.tile(turn, 0)
-        for k, operand in enumerate(self.stream.operands):
-            own = tile - operand.first_tile
-            is_own = (own >= 0) & (own < operand.num_tiles)
-            pl.when(is_finisher & is_own)(functools.partial(do, own * TILE, k))
-
-    def _fetch(self, first: Any, k: int) -> None:
-        if self.products[k].bias is not None:
-            plgpu.copy_gmem_to_smem(self.given[k]["bias"].at[pl.ds(first, TILE)], self.bias, self.bias_there)
-
-    def _send(self, number: Any, first: Any, k: int) -> None:
+    def _finish(self, stream: Stream, number: Any, first: Any, k: int) -> None:
         """Adds up what all warpgroups have left of a tile, product k's outputs from `first`, and sends it off."""
         product, given, own_smem = self.products[k], self.given[k], self.own_smem
-        if product.bias is not None:
-            plgpu.barrier_wait(self.bias_there)
-        part = functools.partial(self._part, number, k)
+        part = functools.partial(self._part, stream, number, first, k)
         if product.rotary is None:
             parts = {(0, TILE): part()}
         else:
@@ -248,18 +218,19 @@ class _Epilogue:
 
         lax.fori_loop(0, places.shape[0], put, None)
 
-    def _part(self, number: Any, k: int, half: int | None = None) -> Any:
+    def _part(self, stream: Stream, number: Any, first: Any, k: int, half: int | None = None) -> Any:
         """The tile but for its rotation, or a half of it: float32 with the precision of the result."""
-        dtype, outputs, layout = self.own_smem.dtype, pl.ds(0, TILE), ROWS
+        bias, dtype = self.given[k]["bias"], self.own_smem.dtype
+        outputs, layout = pl.ds(first, TILE), ROWS
         if half is not None:
-            outputs, layout = pl.ds(half * HALF, HALF), HALF_ROWS
-        y = self.stream.gathered(number, half)
+            outputs, layout = pl.ds(first + half * HALF, HALF), HALF_ROWS
+        y = stream.gathered(number, half)
         if self.norm is not None:
-            scale, shift = (self.stream.gathered(number, half, row) for row in (SCALE_ROW, SHIFT_ROW))
+            scale, shift = (stream.gathered(number, half, row) for row in (SCALE_ROW, SHIFT_ROW))
             y = self.norm.end(y, scale, shift, layout)
         y = y.astype(dtype)
-        if self.products[k].bias is not None:
-            y = y + over_rows(load(self.bias.at[outputs], layout.reduce(0)), y.shape)
+        if bias is not None:
+            y = y + over_rows(load(bias.at[outputs], layout.reduce(0)), y.shape)
         y = y.astype(jnp.float32)
         return rounded(gelu(y), dtype) if self.products[k].activation == "gelu" else y
 
