@@ -36,7 +36,7 @@ from pallas_kernels.hopper import fence_memory, store, wait_until_results_have_l
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments, padded_tiles
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
-from pallas_kernels.quantized_matmul.plan import Launch, Plan, output_launch, sent_bytes
+from pallas_kernels.quantized_matmul.plan import Launch, Plan, check_all_run_at_once, output_launch, sent_bytes
 from pallas_kernels.quantized_matmul.rows import (
     PER_OUTPUT,
     load,
@@ -119,6 +119,8 @@ def _launch(
     launch = output_launch(weights, width, num_rows, len(norms), num_sms, plan)
     plan, num_blocks = launch.plan, launch.num_blocks
     meets = meeting is not None  # else norms are deferred
+    if meets and not interpretable:
+        check_all_run_at_once(launch, num_rows, len(norms), num_sms)
     settings = _Settings(
         launch, num_rows, width, len(norms), len(biases), residual is not None, meets, epsilon, interpretable
     )

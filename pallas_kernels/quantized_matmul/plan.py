@@ -147,17 +147,30 @@ def output_plan(form: str, width: int, num_rows: int, num_norms: int, num_sms: i
         # Multiprocessors with two blocks would take twice as long: int4 waits for arithmetic as well.
         splits, per_sm, most_warpgroups = 2 * splits, 4, 1
     at_once = -(-tiles // num_sms)
-    after = (at_once + num_norms) * num_rows * TILE * 2 + at_once * (2 * num_norms + 2) * TILE * 2
-    after += at_once * sent_bytes(splits, num_rows)
     return fitting_plan(
         form,
         num_rows,
-        compat.MAX_SMEM_BYTES // per_sm - 2048 - after,
+        compat.MAX_SMEM_BYTES // per_sm - 2048 - _bytes_after(at_once, splits, num_rows, num_norms),
         width=at_once,
         splits=splits,
         most_warpgroups=most_warpgroups,
         producer=per_sm == 4,
     )
+
+
+def _bytes_after(width: int, splits: int, num_rows: int, num_norms: int) -> int:
+    """Shared memory of what comes after the products of so many tiles: these, their norms, what is read for them."""
+    tiles = (width + num_norms) * num_rows * TILE * 2 + width * (2 * num_norms + 2) * TILE * 2
+    return tiles + width * sent_bytes(splits, num_rows)
+
+
+def check_all_run_at_once(launch: Launch, num_rows: int, num_norms: int, num_sms: int) -> None:
+    """Raises ValueError where the blocks of an output stage, which wait for one another, would not all fit the GPU."""
+    plan = launch.plan
+    smem_bytes = plan.smem_bytes(launch.form, num_rows) + _bytes_after(plan.width, plan.splits, num_rows, num_norms)
+    a_multiprocessor = min((compat.MAX_SMEM_BYTES + 1024) // (smem_bytes + 1024), 2048 // (plan.all_warpgroups * 128))
+    if (num_blocks := launch.num_blocks * plan.splits) > (most := a_multiprocessor * num_sms):
+        raise ValueError(f"attention_norm: {plan} makes {num_blocks} blocks, and {most} of them run at once")
 
 
 def inputs_of(weight: Any) -> int:

@@ -13,9 +13,9 @@ from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.api import checked_products
 from pallas_kernels.attention_norm.mosaic import add_mosaic, attention_norm_mosaic
 from pallas_kernels.attention_norm.reference import add_xla, attention_norm_reference, attention_norm_xla
-from pallas_kernels.quantized_matmul import Product, project, quantize, quantized_matmul
+from pallas_kernels.quantized_matmul import Product, project, quantize, quantized_matmul, storage
 from pallas_kernels.quantized_matmul.mosaic import gelu, project_mosaic
-from pallas_kernels.quantized_matmul.plan import Plan, fitting_plan, output_plan
+from pallas_kernels.quantized_matmul.plan import Plan, check_all_run_at_once, fitting_plan, output_launch
 from pallas_kernels.quantized_matmul.reference import matmul_reference
 from pallas_kernels.rotary import rotate
 from tests.pallas_kernels.interpreted import interpreted
@@ -157,14 +157,23 @@ def test_gelu_is_exact():
 def test_default_plans_fit_the_hardware(form, num_rows):
     """Of the output stage, for the widths of all models: shared memory of all blocks that have to run at once."""
     for width in (384, 2048, 4096, 4544, 8192, 14848):
-        plan = output_plan(form, width, num_rows, num_norms=2, num_sms=compat.NUM_SMS)
-        num_blocks = -(-width // (64 * plan.width)) * plan.splits
-        a_multiprocessor = -(-num_blocks // compat.NUM_SMS)
-        assert a_multiprocessor * plan.smem_bytes(form, num_rows) <= compat.MAX_SMEM_BYTES
-        assert a_multiprocessor * plan.all_warpgroups * 128 <= 2048
+        weight = jax.ShapeDtypeStruct((512, width), jnp.bfloat16) if form == "native" else storage(form, 512, width)
+        launch = output_launch([weight], width, num_rows, num_norms=2, num_sms=compat.NUM_SMS)
+        check_all_run_at_once(launch, num_rows, 2, compat.NUM_SMS)
+        plan = launch.plan
         assert plan.stages >= 2 and plan.splits <= 8
     with pytest.raises(ValueError, match="do not fit 1000 bytes"):
         fitting_plan(form, num_rows, 1000)
+
+
+def test_a_plan_whose_blocks_would_wait_for_others_without_end_is_refused():
+    column, rows = normal(0, 4544), normal(1, 8, 4544)
+    arguments = [rows], [normal(2, 4544, 4544)], [], rows, [(column, column)], new_meeting(8, 4544)
+    with compat.assume_capability(compat.HOPPER):
+        attended = functools.partial(attention_norm_mosaic, *arguments, epsilon=1e-5)
+        jax.eval_shape(attended)
+        with pytest.raises(ValueError, match=r"Plan\(warpgroups=3, .*splits=2.* makes 142 blocks, and 132 of them run"):
+            jax.eval_shape(functools.partial(attended, plan=Plan(3, 3, splits=2)))
 
 
 def test_what_does_not_fit_is_refused():
