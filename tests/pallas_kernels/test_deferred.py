@@ -18,16 +18,21 @@ from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.stage_cases import normal, product_reference, weight
 from tests.pallas_kernels.test_compiled import WIDTHS, array, few_bits, require_no_problems
 from tests.pallas_kernels.tolerance import require_close
+from tests.thorough import thorough
 
 EPSILON = 1e-5
 TOKENS = 6
 
 # Form, inputs of each product, width, norms, biases, blocks that run at once, plans of the output and the input stage.
 CHAINS = [
-    ("native", (128, 256), 128, 2, 0, 2, Plan(2, 2), Plan(2, 2)),
     ("native", (256,), 192, 1, 1, 8, Plan(2, 2, splits=2), Plan(3, 2)),
-    ("int8", (256,), 192, 1, 1, 2, Plan(1, 2, width=2), Plan(2, 3, producer=True)),
     ("int4", (192, 320), 192, 2, 0, 4, Plan(1, 3, width=2, splits=2, producer=True), Plan(2, 2, groups=1)),
+    *thorough(
+        [
+            ("native", (128, 256), 128, 2, 0, 2, Plan(2, 2), Plan(2, 2)),
+            ("int8", (256,), 192, 1, 1, 2, Plan(1, 2, width=2), Plan(2, 3, producer=True)),
+        ]
+    ),
 ]
 
 
@@ -131,7 +136,7 @@ def test_what_is_no_deferred_norm_is_refused():
         attention_norm_deferred(xs, weights, residual, norms, epsilon=EPSILON, implementation="mosaic")
 
 
-@pytest.mark.parametrize(("name", "form"), [("falcon-40b-alibi", "int4"), ("falcon-7b", "native")])
+@pytest.mark.parametrize(("name", "form"), [("falcon-40b-alibi", "int4"), *thorough([("falcon-7b", "native")])])
 def test_both_stages_of_a_deferred_norm_are_one_launch_each_without_spills(compiler, name, form):
     width, heads, mlp_width = WIDTHS[name]
     rows, column = array((8, width), "bfloat16"), array((width,), "bfloat16")
