@@ -14,7 +14,6 @@ Without norms (`add_mosaic`) there is nothing to meet for, nor where norms end i
 Where a GPU has more multiprocessors than a model has tiles, several blocks, a cluster, share out the inputs of a tile
 and bring what they come to to the first of them, which does the rest: with 8 rows through its shared memory (parts.py),
 with more through device memory.
-
 """
 
 import dataclasses

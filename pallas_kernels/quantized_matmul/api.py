@@ -82,7 +82,7 @@ def project(
             raise NotImplementedError(f"project: norms are not deferred over {size_of(mesh)} devices")
         on_device = functools.partial(project, implementation=implementation)
         return project_over(mesh, products, on_device)
-    candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
+    candidates = {"mosaic": lambda: _mosaic_reason(products, moments), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
     if dispatch.choose("project", implementation, candidates) == "xla":
         if moments is not None:
@@ -129,8 +129,10 @@ def _project_xla(product: Product) -> Array:
     return y
 
 
-def _mosaic_reason(products: Sequence[Product]) -> str | None:
+def _mosaic_reason(products: Sequence[Product], moments: deferred.Moments | None) -> str | None:
     if (reason := compat.mosaic_reason()) is not None:
+        return reason
+    if moments is not None and (reason := deferred.reason_against_kernel()) is not None:
         return reason
     if len({product.x.shape for product in products}) > 1:
         return "it takes x of one shape"

@@ -42,8 +42,14 @@ class Moments:
 
 
 def fits(num_tokens: int, width: int) -> bool:
-    """Whether norms of so many rows of x can be deferred."""
-    return num_tokens <= SCALE_ROW and width % SIDE == 0
+    """Whether norms of so many rows of x can be deferred, and end in a kernel where there are kernels."""
+    return num_tokens <= SCALE_ROW and width % SIDE == 0 and reason_against_kernel() is None
+
+
+def reason_against_kernel() -> str | None:
+    """Why the input stage's kernel cannot end a norm, or None where it can."""
+    # Compiled for an H100 with jax 0.12.0.1, it was still looking for layouts after a minute; 0.11.2 takes a second.
+    return "jax 0.12 finds no layouts for a deferred norm" if jax.__version_info__ >= (0, 12) else None
 
 
 def padded_tiles(width: int) -> int:
