@@ -20,7 +20,8 @@ from falcon_jax.config import FalconConfig
 from falcon_jax.generate.sampling import Sampling
 
 # XLA's own list of what it captures, and collectives with the loop around them. As a compiler's option the list could
-# not be added to; and one process has one XLA_FLAGS. By XLA's dumps jax 0.11.2 captures neither even so, 0.12 both.
+# not be added to; and one process has one XLA_FLAGS. By XLA's dumps jax 0.11.2 captures neither even so, 0.12 both: a
+# graph that the driver has refused (LOG.md).
 WITH_COLLECTIVES = "--xla_gpu_enable_command_buffer=+COLLECTIVES,+WHILE,+CONDITIONAL"
 # Else a sum runs on a stream of its own, which the others wait for.
 NOT_ASYNCHRONOUS = "--xla_gpu_disable_async_collectives=ALLREDUCE"

@@ -108,13 +108,14 @@ def attention_norm_deferred(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], deferred.Moments]:
     """`attention_norm` of up to 6 rows whose layer norms end in the `project` that reads them, so that no block of the
-    kernel waits for another: a few microseconds less (quantized_matmul/deferred.py).
+    kernel waits for another (quantized_matmul/deferred.py).
 
     Args:
-      xs, residual: 8 rows, of which the last two mean nothing. One device's; all else as of `attention_norm`.
+      xs, residual: R = 8 rows, of which the last two mean nothing; D a multiple of 64. One device's; all else as of
+        `attention_norm`.
 
     Returns:
-      The new residual; for each norm what is x of a product of `project`; and that call's `moments`.
+      The new residual [8, D]; for each norm the x [8, D] of a product of `project`; and that call's `moments`.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown `implementation`.

@@ -61,11 +61,7 @@ def attention_norm_mosaic(
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, " M"]]:
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the array `meeting` for the next
     launch."""
-    results, meeting = _launch(
-        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting,
-        shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon,
-        plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
-    )  # fmt: skip
+    results, meeting = _run(xs, weights, biases, residual, norms, meeting, residual, epsilon, plan)
     return results["out"], results["normed"], meeting
 
 
@@ -80,11 +76,7 @@ def defer_norm_mosaic(
     plan: Plan | None = None,
 ) -> tuple[Float[Array, "8 D"], list[Float[Array, "8 D"]], Moments]:
     """`attention_norm_deferred` by the kernel, for 8 rows."""
-    results, _ = _launch(
-        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], None,
-        shape=jax.ShapeDtypeStruct(residual.shape, residual.dtype), epsilon=epsilon,
-        plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
-    )  # fmt: skip
+    results, _ = _run(xs, weights, biases, residual, norms, None, residual, epsilon, plan)
     return results["out"], results["normed"], Moments(results["moments"], epsilon)
 
 
@@ -100,12 +92,17 @@ def add_mosaic(
     One device's part where several share out the inputs. No norm, so blocks need not meet.
     """
     shape = jax.ShapeDtypeStruct((xs[0].shape[0], num_outputs), xs[0].dtype)
-    results, _ = _launch(
-        list(xs), list(weights), [], None, [], None,
-        shape=shape, epsilon=0.0, plan=plan,
-        num_sms=compat.num_sms(), interpretable=compat.interpreting(),
-    )  # fmt: skip
+    results, _ = _run(xs, weights, [], None, [], None, shape, 0.0, plan)
     return results["out"]
+
+
+def _run(xs, weights, biases, residual, norms, meeting, like: Any, epsilon: float, plan: Plan | None):
+    """What a launch makes, by name, and the array `meeting` for the next one. like: of the results' shape and dtype."""
+    return _launch(
+        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting,
+        shape=jax.ShapeDtypeStruct(like.shape, like.dtype), epsilon=epsilon,
+        plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "epsilon", "plan", "num_sms", "interpretable"))

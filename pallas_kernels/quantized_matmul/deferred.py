@@ -35,7 +35,11 @@ SCALE_ROW, SHIFT_ROW = ROWS_AT_ONCE - 2, ROWS_AT_ONCE - 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What the products of deferred norms must know of x. tiles: as above; epsilon: is added to the variance."""
+    """What the products of deferred norms must know of x.
+
+    tiles: float32 [2, 8, P], as above.
+    epsilon: is added to the variance.
+    """
 
     tiles: Any
     epsilon: float = dataclasses.field(metadata={"static": True})

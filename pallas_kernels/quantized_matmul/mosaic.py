@@ -177,7 +177,7 @@ class _Epilogue:
             stream.leave(turn, partial)
 
             @pl.when(stream.is_finisher(turn))
-            def _finish():
+            def _finish_own():
                 stream.wait_for_all(turn)
                 for k, operand in enumerate(stream.operands):
                     own = tile - operand.first_tile

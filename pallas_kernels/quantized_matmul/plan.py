@@ -165,7 +165,8 @@ def _bytes_after(width: int, splits: int, num_rows: int, num_norms: int) -> int:
 
 
 def check_all_run_at_once(launch: Launch, num_rows: int, num_norms: int, num_sms: int) -> None:
-    """Raises ValueError where the blocks of an output stage, which wait for one another, would not all fit the GPU."""
+    """Raises ValueError where the blocks of an output stage, which wait for one another, would not all fit the GPU, by
+    their shared memory and threads."""
     plan = launch.plan
     smem_bytes = plan.smem_bytes(launch.form, num_rows) + _bytes_after(plan.width, plan.splits, num_rows, num_norms)
     a_multiprocessor = min((compat.MAX_SMEM_BYTES + 1024) // (smem_bytes + 1024), 2048 // (plan.all_warpgroups * 128))

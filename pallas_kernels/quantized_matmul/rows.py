@@ -24,6 +24,7 @@ PER_OUTPUT = ROWS.reduce(0)
 
 
 def load(ref: Any, layout: Any = ROWS) -> Any:
+    """A reference's array in registers; it need not fill whole lines of memory."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 

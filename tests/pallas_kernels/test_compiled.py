@@ -146,7 +146,7 @@ def test_gradients_of_64_heads_over_65536_tokens_need_memory_for_a_few_arrays_li
     assert report.temp_bytes <= 5 * query_bytes(case)
 
 
-@pytest.mark.parametrize("model", ["falcon-40b-alibi", *thorough(["falcon-rw-1b"])])
+@pytest.mark.parametrize("model", ["falcon-rw-1b", "falcon-40b-alibi"])
 def test_documents_back_to_back_cost_no_spills_and_no_scores_in_memory(compiler, model):
     """As training packs them: both kernels, of which the forward one has the fewest registers to spare."""
     case = shapes.attention_case(model, 4096)

@@ -17,12 +17,13 @@ from tests.pallas_kernels.interpreted import interpreted
 from tests.thorough import thorough, thorough_but
 
 ALONE = (
+    "alibi, odd",
     "grouped, past a tile of 128",
     "rows of different length",
     "chunks at different places",
     "hf_bf16 where neighbours round alike",
 )
-TOGETHER = ("grouped rows, one of them empty", "float16")
+TOGETHER = ("shared, past a tile of 128", "grouped rows, one of them empty", "float16")
 
 
 def differentiable(case, inputs):

@@ -351,7 +351,7 @@ def test_ten_thousand_norms_that_end_where_they_are_read_give_the_same_bits(widt
         first = stages("mosaic", *arguments)
 
         def again(_, num_wrong):
-            # Each pass reads what the one before made, times nothing: none of them can be left out.
+            # Each pass reads the count, which is never below zero: none of them can be left out.
             xs, weights, residual, *rest = arguments
             made = stages("mosaic", xs, weights, residual + jnp.minimum(num_wrong, 0).astype(residual.dtype), *rest)
             wrong = [jnp.any(some != other) for some, other in zip(made, first, strict=True)]
