@@ -28,6 +28,10 @@ from falcon_jax.model.params import Params, bind
 WITH_LOOPS_IN_CUDA_GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
+# Of a graph, what reads nothing of one another runs at the same time: small operations around the layers, and attention
+# (model/beside.py). By XLA's choice one thing follows the other. Not measured with jax 0.12.
+if jax.__version_info__ < (0, 12):
+    WITH_LOOPS_IN_CUDA_GRAPHS["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
 WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 # What several devices send one another is in no graph, by XLA's choice, and between two such sums a layer has four
 # launches: XLA makes no graph of fewer than five.

@@ -69,10 +69,11 @@ class Attention(nnx.Module):
         step: Step,
         *,
         counters: Int[Array, " C"] | None = None,
+        num_sms: int | None = None,
     ) -> tuple[Float[Array, "rows T N H"], Int[Array, " C"] | None]:
         """Queries at positions offsets[b] + t against all that the cache holds, the tokens at hand included.
 
-        counters: as of `decode_attention_in_chain`, which single tokens go through. They come back.
+        counters, num_sms: as of `decode_attention_in_chain`, which single tokens go through. The counters come back.
         """
         keys, arguments = self._rotate_late(keys, step), step.attention_arguments()
         if q.shape[1] > 1:
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
         # A row that has ended reads nothing: its garbage would cost as much as a living row's keys.
         lengths = jnp.where(step.ends > step.offsets, step.offsets + 1, 0)
         out, counters = decode_attention.decode_attention_in_chain(
-            q[:, 0], keys, values, lengths=lengths, counters=counters, **arguments
+            q[:, 0], keys, values, lengths=lengths, counters=counters, num_sms=num_sms, **arguments
         )
         return out[:, None], counters
 

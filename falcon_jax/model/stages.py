@@ -4,6 +4,7 @@ weights have to be unpacked.
 With a few rows a layer is as fast as its weights come out of memory, and each launch costs as much as megabytes of
 them. Here a parallel layer is an input stage (all projections of the normalized input, GELU included), attention, and
 an output stage (projections, residual and the norms that the next layer reads); a sequential one has two of each.
+Where attention runs beside the MLP's first product, the input stage is two launches (beside.py).
 Heads of 64 are rotated by the input stage, which also puts keys and values where the cache holds them. Of up to six
 tokens on one device norms begin in the output stage and end in the input stage after it.
 
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from falcon_jax import sharding
+from falcon_jax.model import beside
 from falcon_jax.model import cache as kv_cache
 from falcon_jax.model.step import Step
 from pallas_kernels import compat, quantized_matmul
@@ -98,8 +100,14 @@ def run(
     layers = list(decoder.layers)
     norms_after = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
     places = _positions(decoder, step, cache, residual.shape[0])
-    defers = deferred.fits(B * T, D) and quantized_matmul.size_of(decoder.mesh) == 1
-    shared = _Shared(step, implementation, decoder.mesh, _split(decoder), defers, *places)
+    on_one_device = quantized_matmul.size_of(decoder.mesh) == 1
+    defers = deferred.fits(B * T, D) and on_one_device
+    # Without a kernel attention has no multiprocessors to itself, and several tokens of a row go through another one.
+    attention_sms = 0
+    if T == 1 and on_one_device and places[1] is not None and implementation != "xla" and not compat.mosaic_reason():
+        shape = decoder.config, decoder.weights, B, cache.capacity
+        attention_sms = beside.attention_sms(*shape, compat.num_sms())
+    shared = _Shared(step, implementation, decoder.mesh, _split(decoder), defers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))
     meetings = new_meeting(residual.shape[0], D), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
     kept = []
@@ -123,6 +131,7 @@ class _Normed:
 @dataclasses.dataclass(frozen=True)
 class _Shared:
     """What all layers share. split: as `_split` has it. defers: whether norms that an input stage reads end there.
+    attention_sms: as beside.py has it.
     rotary: cos and sin by which it rotates; places: where it puts keys and values; None where that is done after it."""
 
     step: Step
@@ -130,14 +139,22 @@ class _Shared:
     mesh: Mesh | None
     split: dict[str, bool]
     defers: bool
+    attention_sms: int
     rotary: tuple[Float[Array, "R 32"], Float[Array, "R 32"]] | None
     places: Int[Array, " tokens"] | None
 
     def product(self, name: str, projection: Linear, x: Array, **rest: Any) -> Product:
         return projection.product(x, is_split=self.split[name], **rest)
 
-    def project(self, products: list[Product], moments: Moments | None) -> list[Array]:
-        return project(products, moments=moments, mesh=self.mesh, implementation=self.implementation)
+    def project(self, products: list[Product], moments: Moments | None, num_sms: int | None = None) -> list[Array]:
+        return project(products, moments=moments, num_sms=num_sms, mesh=self.mesh, implementation=self.implementation)
+
+    def project_beside_attention(self, products: list[Product], others: list[Product], moments: Moments | None):
+        """`products`, which attention reads, and `others`, which run beside it or in the same launch."""
+        if not (others and self.attention_sms):
+            return self.project([*products, *others], moments)
+        made = self.project(products, moments)
+        return made + self.project(others, moments, compat.num_sms() - self.attention_sms)
 
     def normalize(self, residual: Float[Array, "R D"], norms: list[LayerNorm]) -> _Normed:
         """What the first input stage reads, which no output stage has made."""
@@ -231,7 +248,7 @@ def _attend(
     shared: _Shared,
     slots: tuple[Array, Array],
 ) -> tuple[Float[Array, "R NH"], tuple[Array, Array], Int[Array, " C"], list[Array]]:
-    """The input stage, `others` in the same launch, and attention of all rows to the cache with their keys and values.
+    """The input stage, `others` in it, and attention of all rows to the cache with their keys and values.
 
     Returns:
       Attention's output [R, heads x H], the cache's keys and values, the counters for the next layer, and what `others`
@@ -249,7 +266,7 @@ def _attend(
         shared.product("attention.key", attention.key, rows, rotary=key_rotary, slots=to_keys),
         shared.product("attention.value", attention.value, rows, slots=to_values),
     ]
-    q, k, v, *made = shared.project([*products, *others], normed.moments)
+    q, k, v, *made = shared.project_beside_attention(products, others, normed.moments)
     # Single tokens keep the rows that mean nothing: to cut them off and put them on again would be two launches.
     q = q.reshape(num_rows, 1, -1, H) if T == 1 else q[: B * T].reshape(B, T, -1, H)
     if shared.places is None:
@@ -259,7 +276,8 @@ def _attend(
         assert kept is not None  # slots came in
     else:
         kept = k.reshape(slots[0].shape), v.reshape(slots[1].shape)
-        out, after = attention.attend_to_cache(q, *kept, step, counters=counters)
+        num_sms = shared.attention_sms or None
+        out, after = attention.attend_to_cache(q, *kept, step, counters=counters, num_sms=num_sms)
         assert after is not None  # they went in
         counters = after
     out = out.reshape(-1, out.shape[2] * H)

@@ -66,6 +66,7 @@ def decode_attention_in_chain(
     *,
     lengths: Int[Array, " B"],
     counters: Int[Array, " C"] | None,
+    num_sms: int | None = None,
     slopes: Float[Array, " N"] | None = None,
     alibi: str = "float32",
     scale: float | None = None,
@@ -80,6 +81,8 @@ def decode_attention_in_chain(
     Args:
       counters: at least B x N zeros for the first layer, and then what the layer before returned: where blocks of the
         kernel meet. Layers whose calls could run at the same time need counters of their own.
+      num_sms: on one device with counters, how many of its multiprocessors the kernel may have; it leaves the others
+        to what runs beside it. None for all.
 
     Returns:
       As `decode_attention`; and the counters for the next layer.
@@ -116,7 +119,7 @@ def decode_attention_in_chain(
     from pallas_kernels.decode_attention import mosaic
 
     if counters is not None and (mesh is None or mesh.size == 1):
-        return mosaic.decode_in_chain_mosaic(*arrays, counters=counters, alibi=alibi, scale=scale)
+        return mosaic.decode_in_chain_mosaic(*arrays, counters=counters, alibi=alibi, scale=scale, num_sms=num_sms)
 
     def run(q, keys, values, lengths, slopes, page_table):
         return mosaic.decode_mosaic(q, keys, values, lengths, slopes, alibi, scale, page_table)

@@ -114,10 +114,11 @@ def decode_mosaic(
 
 
 def decode_in_chain_mosaic(
-    *arrays: Any, counters: Int[Array, " _"], alibi: str, scale: float
+    *arrays: Any, counters: Int[Array, " _"], alibi: str, scale: float, num_sms: int | None = None
 ) -> tuple[Float[Array, "R N H"], Int[Array, " _"]]:
-    """`decode_mosaic` without vmap, for arrays in its order; and the counters for the next launch."""
-    options = {"num_sms": compat.num_sms(), "interpretable": compat.interpreting()}
+    """`decode_mosaic` without vmap, for arrays in its order; and the counters for the next launch. num_sms:
+    multiprocessors that it may have, None for all."""
+    options = {"num_sms": num_sms or compat.num_sms(), "interpretable": compat.interpreting()}
     return _launch(*arrays, counters, alibi=alibi, scale=scale, plan=None, **options)
 
 

@@ -52,6 +52,7 @@ def project(
     products: Sequence[Product],
     *,
     moments: deferred.Moments | None = None,
+    num_sms: int | None = None,
     mesh: Mesh | None = None,
     implementation: str | None = None,
 ) -> list[Float[Array, "*rows O"]]:
@@ -61,6 +62,8 @@ def project(
       products: weights of one form, all with as many inputs and rows.
       moments: None, or what `attention_norm_deferred` returned beside the rows that are the products' x: the layer norm
         ends here. Of 8 rows the last two come out as anything. On one device alone.
+      num_sms: of the GPU's multiprocessors, how many the kernel of up to 64 rows may have; it leaves the others to what
+        runs beside it. None for all.
       mesh: None, or one whose tensor axis the products' `is_split` is about. Each device makes its own outputs, and
         all others too; nothing is exchanged.
       implementation: "mosaic" (Hopper GPUs, bfloat16: one launch), "xla", or None for the faster one that takes the
@@ -80,7 +83,7 @@ def project(
     if size_of(mesh) > 1:
         if moments is not None:
             raise NotImplementedError(f"project: norms are not deferred over {size_of(mesh)} devices")
-        on_device = functools.partial(project, implementation=implementation)
+        on_device = functools.partial(project, num_sms=num_sms, implementation=implementation)
         return project_over(mesh, products, on_device)
     candidates = {"mosaic": lambda: _mosaic_reason(products, moments), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
@@ -98,7 +101,7 @@ def project(
 
     from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
-    made = project_mosaic([_in_eights(product) for product in products], moments=moments)
+    made = project_mosaic([_in_eights(product) for product in products], moments=moments, num_sms=num_sms)
     return [
         y if product.slots is not None else y[: product.num_rows].reshape(shape)
         for y, product, shape in zip(made, products, shapes, strict=True)

@@ -32,15 +32,20 @@ HALF = TILE // 2
 
 
 def project_mosaic(
-    products: Sequence[Product], *, moments: Moments | None = None, plan: Plan | None = None
+    products: Sequence[Product],
+    *,
+    moments: Moments | None = None,
+    num_sms: int | None = None,
+    plan: Plan | None = None,
 ) -> list[Float[Array, "_ O"]]:
     """All products, in one launch. Weights of one form, all with as many inputs.
 
     Rows are a multiple of 8 here: what stands in the last ones may be anything, and makes anything.
     moments: None, or of a layer norm that ends here (deferred.py).
+    num_sms: multiprocessors that it may have, None for all.
     """
-    interpretable = compat.interpreting()
-    return _launch(list(products), moments, plan=plan, num_sms=compat.num_sms(), interpretable=interpretable)
+    num_sms, interpretable = num_sms or compat.num_sms(), compat.interpreting()
+    return _launch(list(products), moments, plan=plan, num_sms=num_sms, interpretable=interpretable)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "num_sms", "interpretable"))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from falcon_jax.config import PRESETS, FalconConfig
+from falcon_jax.model import beside, stages
 from falcon_jax.model import params as model_params
-from falcon_jax.model import stages
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.step import ForwardOptions, Step, spans
 from pallas_kernels.quantized_matmul import deferred
@@ -140,6 +140,30 @@ def test_kernels_stay_within_twice_the_error_of_xla(name, weights):
     cache = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, cache)
     exact, _ = through_stages(config, model_params.cast(params, jnp.float32), cache, ids, num_tokens, "xla")
     require_close(made, plain, exact)
+
+
+def test_attention_beside_the_mlp_changes_nothing_else(monkeypatch):
+    config = small("falcon-7b")
+    params, cache, ids = start(config, 3, 1, jnp.bfloat16)
+    launches, project = [], stages.project
+
+    def noted(products, *, num_sms, **options):
+        launches.append((len(products), num_sms))
+        return project(products, num_sms=num_sms, **options)
+
+    def run():
+        with interpreted():
+            made = through_stages(config, params, cache, ids, jnp.ones(3, jnp.int32), "mosaic")[0]
+            return jax.block_until_ready(made).astype(jnp.float32)
+
+    together = run()
+    monkeypatch.setattr(stages, "project", noted)
+    monkeypatch.setattr(beside, "attention_sms", lambda *shape: 1)
+    jax.clear_caches()
+    apart = run()
+    # One of the two multiprocessors that interpreted kernels see is attention's.
+    assert launches == [(3, None), (1, 1)] * config.num_layers
+    np.testing.assert_allclose(apart, together, atol=0.02 * np.abs(together).max())
 
 
 def test_kernels_asked_for_by_name_are_used_or_refused():
