@@ -53,7 +53,11 @@ TRAINING_RW_1B, TRAINING_7B = "training-rw-1b-h200.json", "training-7b-h200.json
 INT4, INT8, BF16, BF16_ROWS = (f"runs.1.results.{i}" for i in (0, 2, 4, 6))
 BF16_SHORT, LONG, LONGEST, BF16_7B = (f"runs.1.results.{i}" for i in (5, 7, 8, 9))
 RW_1B, WIDTH_7B, LORA = "cases.rw-1b.bars.0.best", "cases.7b-width.bars.0.best", "cases.7b-lora.bars"
-SEED_SHORT, SEED = (f"models.0.rows.{row}.results" for row in ("first_token", "decode"))
+SEED_SHORT, SEED, SEED_PEAK, SEED_LONG = (
+    f"models.0.rows.{row}.results" for row in ("first_token", "decode", "peak", "long")
+)
+COMPILED = "transformers compiled"
+PEAK_INT8, PEAK_INT4 = (f"runs.{i}.models.0.rows.peak.results.falcon_jax.peak_gib" for i in (0, 1))
 # Where a case of the kernels' files ends and its contestants begin.
 ALIBI = "cases.falcon-40b-alibi T=4096, forward.contestants"
 ALIBI_GRADIENTS = "cases.falcon-40b-alibi T=4096, forward + backward.contestants"
@@ -166,16 +170,16 @@ ROWS = (
     ),
     Row(
         "steps alone after 4,000 tokens, falcon-7b's shape in bf16; falcon-rw-1b's",
-        "{runs.0.cases.0.decode_tokens_per_s:.0f} tokens/s, {runs.0.cases.0.share_of_read_limit*100:.0f} % of the read "
-        "limit; {runs.0.cases.1.decode_tokens_per_s:.0f}, {runs.0.cases.1.share_of_read_limit*100:.0f} %",
+        "{runs.4.cases.0.decode_tokens_per_s:.0f} tokens/s, {runs.4.cases.0.share_of_read_limit*100:.0f} % of the read "
+        "limit; {runs.4.cases.1.decode_tokens_per_s:.0f}, {runs.4.cases.1.share_of_read_limit*100:.0f} %",
         "",
         "decoding-h200.json",
     ),
     Row(
         "falcon-40b-alibi's with one; four; sixteen rows, weights of 8 bits, and of 4 bits",
-        "{runs.2.cases.0.decode_tokens_per_s:.0f}; {runs.2.cases.1.decode_tokens_per_s:.0f}; "
-        "{runs.2.cases.2.decode_tokens_per_s:,.0f} tokens/s, and {runs.1.cases.0.decode_tokens_per_s:.0f}; "
-        "{runs.1.cases.1.decode_tokens_per_s:.0f}; {runs.1.cases.2.decode_tokens_per_s:,.0f}",
+        "{runs.5.cases.0.decode_tokens_per_s:.0f}; {runs.5.cases.1.decode_tokens_per_s:.0f}; "
+        "{runs.2.cases.2.decode_tokens_per_s:,.0f} tokens/s, and {runs.6.cases.0.decode_tokens_per_s:.0f}; "
+        "{runs.6.cases.1.decode_tokens_per_s:.0f}; {runs.1.cases.2.decode_tokens_per_s:,.0f}",
         "",
         "decoding-h200.json",
     ),
@@ -186,6 +190,27 @@ ROWS = (
         f"transformers {{{SEED_SHORT}.transformers.first_token_ms:.0f}} ms; "
         f"{{{SEED}.transformers.first_token_ms:,.0f}} ms; {{{SEED}.transformers.decode_tokens_per_s:.0f}}",
         "seed-alibi-h200.json",
+    ),
+    Row(
+        "the same, four rows of 4,000 tokens: peak memory; one of 12,000: decode, peak memory",
+        f"{{{SEED_PEAK}.falcon_jax.peak_gib:.1f}} GiB; {{{SEED_LONG}.falcon_jax.decode_tokens_per_s:.0f}} tokens/s, "
+        f"{{{SEED_LONG}.falcon_jax.peak_gib:.1f}} GiB",
+        f"transformers {{{SEED_PEAK}.transformers.peak_gib:.1f}} GiB; out of memory",
+        "seed-alibi-h200.json",
+    ),
+    Row(
+        "the first of these with weights of 8 bits; 4 bits",
+        f"{{{PEAK_INT8}:.1f}}; {{{PEAK_INT4}:.1f}} GiB",
+        "",
+        "peaks-quantized-h200.json",
+    ),
+    Row(
+        "falcon-40b's shape in bf16, the same: first token of 512; 4,000 tokens; decode after those",
+        f"{{{SEED_SHORT}.falcon_jax.first_token_ms:.0f}} ms; {{{SEED}.falcon_jax.first_token_ms:.0f}} ms; "
+        f"{{{SEED}.falcon_jax.decode_tokens_per_s:.0f}} tokens/s",
+        f"transformers, compiled {{{SEED_SHORT}.{COMPILED}.first_token_ms:.0f}} ms; "
+        f"{{{SEED}.{COMPILED}.first_token_ms:.0f}} ms; {{{SEED}.{COMPILED}.decode_tokens_per_s:.0f}}",
+        "seed-40b-h200.json",
     ),
     Row(
         "falcon-7b from process start to its first text, one H200, programs compiled before; not",
@@ -200,7 +225,13 @@ ROWS = (
         "several-2-h200.json",
     ),
     Row(
-        "its fused output stage with the norm, up to 8 rows, bf16; int8; int4: share of the read limit",
+        "training all of falcon-7b over two H200, 2,048 tokens: by 6 N and a GPU's 989 TFLOP/s",
+        "{runs.14.results.0.tokens_per_s:,.0f} tokens/s, {runs.14.results.0.mfu*100:.0f} %",
+        "",
+        "several-2-h200.json",
+    ),
+    Row(
+        "falcon-40b-alibi's fused output stage with the norm, up to 8 rows, bf16; int8; int4: share of the read limit",
         "{runs.0.results.16.share_of_read_limit*100:.0f} %; {runs.1.results.7.share_of_read_limit*100:.0f} %; "
         "{runs.1.results.0.share_of_read_limit*100:.0f} %",
         "",

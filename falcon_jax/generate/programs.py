@@ -28,10 +28,9 @@ from falcon_jax.model.params import Params, bind
 WITH_LOOPS_IN_CUDA_GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
-# Of a graph, what reads nothing of one another runs at the same time: small operations around the layers, and attention
-# (model/beside.py). By XLA's choice one thing follows the other. Not measured with jax 0.12.
-if jax.__version_info__ < (0, 12):
-    WITH_LOOPS_IN_CUDA_GRAPHS["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
+# In such a graph one thing follows the other, by XLA's choice. Here what reads nothing of one another runs at the same
+# time: small operations around the layers, and attention (model/beside.py). Not measured with jax 0.12.
+AT_THE_SAME_TIME = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if jax.__version_info__ < (0, 12) else {}
 WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 # What several devices send one another is in no graph, by XLA's choice, and between two such sums a layer has four
 # launches: XLA makes no graph of fewer than five.
@@ -45,6 +44,7 @@ class Program[**P, R]:
       function: takes its `model`, which is static, by keyword.
       loops: whether it is a loop, which on one device belongs into a CUDA graph as a whole; over several, where a loop
         around what they send one another cannot, in graphs as small as its parts are. A choice in XLA_FLAGS stands.
+      concurrent: whether, in a loop's graph on one device, what can run at the same time does.
       options: of jax.jit, without "model" among the static arguments.
     """
 
@@ -54,6 +54,7 @@ class Program[**P, R]:
         *,
         static_argnames: str | tuple[str, ...] = (),
         loops: bool = False,
+        concurrent: bool = False,
         **options: Any,
     ):
         names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
@@ -65,7 +66,8 @@ class Program[**P, R]:
         def unless_chosen(options: dict[str, Any]) -> Any:
             return self._default if any(name in flags for name in options) else wrap(compiler_options=options)
 
-        self._on_one_device = unless_chosen(WITH_LOOPS_IN_CUDA_GRAPHS) if loops else self._default
+        in_one_graph = WITH_LOOPS_IN_CUDA_GRAPHS | (AT_THE_SAME_TIME if concurrent else {})
+        self._on_one_device = unless_chosen(in_one_graph) if loops else self._default
         self._over_mesh = unless_chosen(WITH_SMALL_CUDA_GRAPHS) if loops else self._default
         self._without_cuda_graphs = wrap(compiler_options=WITHOUT_CUDA_GRAPHS)
         functools.update_wrapper(self, function)
@@ -146,7 +148,7 @@ def first_token(
     return seen, history, chunk
 
 
-@functools.partial(Program, static_argnames="kind", donate_argnames="state", loops=True)
+@functools.partial(Program, static_argnames="kind", donate_argnames="state", loops=True, concurrent=True)
 def decode(
     params: Params,
     state: DecodeState,
@@ -189,6 +191,7 @@ def decode(
     return _repeat(advance, num_steps, state, Chunk.empty(state.done, CHUNK), model.mesh)
 
 
+# Not concurrent: that has not run on a GPU.
 @functools.partial(Program, static_argnames=("num_drafted", "kind"), donate_argnames="state", loops=True)
 def decode_drafted(
     params: Params,

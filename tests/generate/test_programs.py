@@ -54,9 +54,21 @@ def test_loops_are_captured_whole_on_one_device_and_in_parts_over_a_mesh(monkeyp
         assert chosen(jnp.ones(3), factor=2, model=model).tolist() == [2, 2, 2]
 
 
+def test_only_a_concurrent_loop_s_parts_run_at_the_same_time(monkeypatch):
+    monkeypatch.setattr(programs, "AT_THE_SAME_TIME", {"xla_gpu_no_such_option": ""})
+    one_by_one, concurrent = (
+        programs.Program(scale, static_argnames="factor", loops=True, concurrent=concurrent)
+        for concurrent in (False, True)
+    )
+    assert one_by_one(jnp.ones(3), factor=2, model=CAPTURED).tolist() == [2, 2, 2]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        concurrent(jnp.ones(3), factor=2, model=CAPTURED)
+
+
 def test_the_default_options_are_known_to_xla():
     for options in (
-        programs.WITH_LOOPS_IN_CUDA_GRAPHS, programs.WITH_SMALL_CUDA_GRAPHS, programs.WITHOUT_CUDA_GRAPHS,
+        programs.WITH_LOOPS_IN_CUDA_GRAPHS, programs.WITH_LOOPS_IN_CUDA_GRAPHS | programs.AT_THE_SAME_TIME,
+        programs.WITH_SMALL_CUDA_GRAPHS, programs.WITHOUT_CUDA_GRAPHS,
     ):  # fmt: skip
         assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
