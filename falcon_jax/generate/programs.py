@@ -68,6 +68,7 @@ class Program[**P, R]:
 
         in_one_graph = WITH_LOOPS_IN_CUDA_GRAPHS | (AT_THE_SAME_TIME if concurrent else {})
         self._on_one_device = unless_chosen(in_one_graph) if loops else self._default
+        self._concurrent = concurrent and bool(AT_THE_SAME_TIME) and self._on_one_device is not self._default
         self._over_mesh = unless_chosen(WITH_SMALL_CUDA_GRAPHS) if loops else self._default
         self._without_cuda_graphs = wrap(compiler_options=WITHOUT_CUDA_GRAPHS)
         functools.update_wrapper(self, function)
@@ -78,6 +79,10 @@ class Program[**P, R]:
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """As the method of what jax.jit returns: arguments may be shapes."""
         return self._wrapped(kwargs).lower(*args, **kwargs)
+
+    def is_concurrent(self, model: Model) -> bool:
+        """Whether what can run at the same time does, as this is compiled for a model."""
+        return self._concurrent and model.cuda_graphs and model.mesh is None
 
     def _wrapped(self, keywords: Any) -> Any:
         model: Model = keywords["model"]
@@ -170,7 +175,7 @@ def decode(
       keys: one a row, into which each step folds the position; None for greedy.
       eos_token_ids: a row that makes one of them is done, that token being its last. No logit is masked.
     """
-    decoder = _decoder(params, model)
+    decoder = _decoder(params, model, concurrent=decode.is_concurrent(model))
     state = dataclasses.replace(state, done=state.done | stopped)
 
     def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
@@ -241,8 +246,9 @@ def all_logits(
     return decoder.logits(hidden)
 
 
-def _decoder(params: Params, model: Model) -> FalconDecoder:
-    return bind(model.config, params, model.options, model.mesh)
+def _decoder(params: Params, model: Model, *, concurrent: bool = False) -> FalconDecoder:
+    options = dataclasses.replace(model.options, concurrent=concurrent)
+    return bind(model.config, params, options, model.mesh)
 
 
 def _read(

@@ -1,7 +1,7 @@
 """Whether a step's attention runs beside the MLP's first product, and on how many of the GPU's multiprocessors.
 
-In a parallel layer neither reads what the other makes, and XLA lets them run at the same time in a CUDA graph
-(generate/programs.py). Attention of a token or two with one key head reads next to nothing and still takes
+In a parallel layer neither reads what the other makes, and where XLA is told so they run at the same time in a CUDA
+graph (generate/programs.py). Attention of a token or two with one key head reads next to nothing and still takes
 microseconds, in which no weights are read if it has the GPU to itself. On a few multiprocessors that the product
 leaves free it takes longer, and nobody waits for it, if it is done before the product is.
 
@@ -10,8 +10,6 @@ pay for weights of 16 and 8 bits, and not for 4 bits, whose products wait for ar
 """
 
 import math
-
-import jax
 
 from falcon_jax.config import FalconConfig
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS
@@ -32,9 +30,8 @@ def attention_sms(config: FalconConfig, weights: str, batch: int, capacity: int,
       batch: rows of the cache, one token each; capacity: slots of a row.
       num_sms: of the GPU.
     """
-    # Measured with one key head, and not with what jax 0.12 makes of such a graph.
-    is_known = config.block == "parallel" and config.num_kv_heads == 1 and weights in BYTES_OF_A_WEIGHT
-    if not is_known or jax.__version_info__ >= (0, 12):
+    # More key heads have not been measured.
+    if config.block != "parallel" or config.num_kv_heads > 1 or weights not in BYTES_OF_A_WEIGHT:
         return 0
     of_attention = (config.num_heads + 2) * config.head_dim
     first_us, second_us = (

@@ -100,11 +100,9 @@ def run(
     layers = list(decoder.layers)
     norms_after = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
     places = _positions(decoder, step, cache, residual.shape[0])
-    on_one_device = quantized_matmul.size_of(decoder.mesh) == 1
-    defers = deferred.fits(B * T, D) and on_one_device
-    # Without a kernel attention has no multiprocessors to itself, and several tokens of a row go through another one.
+    defers = deferred.fits(B * T, D) and quantized_matmul.size_of(decoder.mesh) == 1
     attention_sms = 0
-    if T == 1 and on_one_device and places[1] is not None and implementation != "xla" and not compat.mosaic_reason():
+    if decoder.options.concurrent and T == 1 and places[1] is not None and compat.mosaic_reason() is None:
         shape = decoder.config, decoder.weights, B, cache.capacity
         attention_sms = beside.attention_sms(*shape, compat.num_sms())
     shared = _Shared(step, implementation, decoder.mesh, _split(decoder), defers, attention_sms, *places)

@@ -27,6 +27,8 @@ class ForwardOptions:
       of a block but its input; "products", all but the results of a block's matrix products; "stage", in a pipeline,
       all that a stage does with a micro-batch, and no more of a block.
     num_remat_layers: how many layers, from the first on, that holds for; None: all.
+    concurrent: whether this is compiled so that what reads nothing of one another runs at the same time, as decoding is
+      on one GPU (generate/programs.py). Attention may then run beside the MLP (beside.py).
     """
 
     alibi: str = "float32"
@@ -34,6 +36,7 @@ class ForwardOptions:
     stages: str | None = None
     remat: str = "none"
     num_remat_layers: int | None = None
+    concurrent: bool = False
 
     def __post_init__(self) -> None:
         if self.alibi not in ("float32", "hf_bf16"):

@@ -63,6 +63,26 @@ def test_only_a_concurrent_loop_s_parts_run_at_the_same_time(monkeypatch):
     assert one_by_one(jnp.ones(3), factor=2, model=CAPTURED).tolist() == [2, 2, 2]
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
         concurrent(jnp.ones(3), factor=2, model=CAPTURED)
+    assert concurrent.is_concurrent(CAPTURED) and not one_by_one.is_concurrent(CAPTURED)
+    assert not concurrent.is_concurrent(NOT_CAPTURED)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_no_such_option=x")
+    assert not programs.Program(scale, loops=True, concurrent=True).is_concurrent(CAPTURED)
+
+
+def test_decoding_without_drafts_is_traced_as_it_is_compiled(monkeypatch):
+    asked, bind = [], programs.bind
+
+    def noted(config, params, options, mesh):
+        asked.append(options.concurrent)
+        return bind(config, params, options, mesh)
+
+    monkeypatch.setattr(programs, "bind", noted)
+    config = models.tiny("falcon-7b", num_layers=1, max_tokens=47)  # no other test's, whose traces would be taken
+    engine = Engine(config, models.random_params(config))
+    drain(engine.start([[1, 2, 3]], max_new_tokens=3, sampling=Sampling()))
+    assert asked == [False, False, bool(programs.AT_THE_SAME_TIME)]  # prompt, first token, the others
+    drain(engine.start([[1, 2, 3]], max_new_tokens=3, sampling=Sampling(), num_drafted=2))
+    assert not any(asked[3:]) and len(asked) > 3
 
 
 def test_the_default_options_are_known_to_xla():

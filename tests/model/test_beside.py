@@ -8,10 +8,6 @@ from falcon_jax.config import PRESETS
 from falcon_jax.model.beside import attention_sms
 from pallas_kernels.compat import NUM_SMS
 
-pytestmark = pytest.mark.skipif(
-    attention_sms(PRESETS["falcon-7b"], "native", 1, 4352, NUM_SMS) == 0, reason="not with this version of jax"
-)
-
 
 @pytest.mark.parametrize(
     ("name", "weights", "batch", "capacity", "expected"),

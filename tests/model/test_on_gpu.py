@@ -76,7 +76,7 @@ def test_steps_give_the_same_bits_with_cuda_graphs_and_without(name, weights):
     def hidden_states(**options):
         @functools.partial(jax.jit, **options)
         def run(params, ids):
-            decoder = model_params.bind(config, params, ForwardOptions(stages="mosaic"))
+            decoder = model_params.bind(config, params, ForwardOptions(stages="mosaic", concurrent=True))
             _, cache = decoder(ids, cache=KVCache.create(config, 2, 128, jnp.bfloat16), cache_is_empty=True)
 
             def step(_, carry):

@@ -28,11 +28,12 @@ def prefilled(config, params, ids, cache):
     return decoder(ids, cache=cache, cache_is_empty=True)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
-def through_stages(config, params, cache, ids, num_tokens, implementation):
-    decoder = model_params.bind(config, params)
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "options"))
+def through_stages(config, params, cache, ids, num_tokens, implementation, options=None):
+    options = options or ForwardOptions()
+    decoder = model_params.bind(config, params, options)
     offsets, ends = spans(cache, ids.shape[0], ids.shape[1], num_tokens)
-    step = Step.begin(config, ForwardOptions(), ids.shape[1], offsets, ends, cache)
+    step = Step.begin(config, options, ids.shape[1], offsets, ends, cache)
     return stages.run(decoder, decoder.embed(ids), step, cache, implementation)
 
 
@@ -151,16 +152,15 @@ def test_attention_beside_the_mlp_changes_nothing_else(monkeypatch):
         launches.append((len(products), num_sms))
         return project(products, num_sms=num_sms, **options)
 
-    def run():
+    def run(concurrent):
+        arguments = config, params, cache, ids, jnp.ones(3, jnp.int32), "mosaic", ForwardOptions(concurrent=concurrent)
         with interpreted():
-            made = through_stages(config, params, cache, ids, jnp.ones(3, jnp.int32), "mosaic")[0]
-            return jax.block_until_ready(made).astype(jnp.float32)
+            return jax.block_until_ready(through_stages(*arguments)[0]).astype(jnp.float32)
 
-    together = run()
-    monkeypatch.setattr(stages, "project", noted)
     monkeypatch.setattr(beside, "attention_sms", lambda *shape: 1)
-    jax.clear_caches()
-    apart = run()
+    together = run(False)
+    monkeypatch.setattr(stages, "project", noted)
+    apart = run(True)
     # One of the two multiprocessors that interpreted kernels see is attention's.
     assert launches == [(3, None), (1, 1)] * config.num_layers
     np.testing.assert_allclose(apart, together, atol=0.02 * np.abs(together).max())
