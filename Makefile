@@ -28,6 +28,8 @@ CORE_TESTS := tests/config tests/model tests/checkpoint tests/generate tests/pal
 PYTEST_OPTIONS := -n $(WORKERS) --dist worksteal
 
 export PYTHON
+# With it each process compiles all that it imports anew: seconds, in each of hundreds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-thorough test-latest lint format clean
 
