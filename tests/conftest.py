@@ -40,8 +40,8 @@ MAPPINGS = Path("/proc/self/maps")
 MAX_MAPPINGS, TESTS_BETWEEN_LOOKS = 30_000, 10
 num_tests_since_look = 0
 
-# Traces are many objects that live long, and looking through them for cycles as often as by default takes a twentieth of
-# the time.
+# Traces are many objects that live long, and looking through them for cycles as often as by default takes a twentieth
+# of the time.
 gc.set_threshold(20_000, 20, 50)
 
 jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
