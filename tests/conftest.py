@@ -73,6 +73,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Long ones first: begun last, one of them would leave the other worker without work.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if config.getoption("--thorough"):
         return
     left_out = [item for item in items if item.get_closest_marker("thorough") is not None]
