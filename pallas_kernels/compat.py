@@ -66,8 +66,18 @@ def mosaic_reason(mesh: Mesh | None = None) -> str | None:
     return None
 
 
-def num_sms(mesh: Mesh | None = None) -> int:
-    """Streaming multiprocessors of the device: how many blocks run at once, where each takes one to itself."""
+def num_sms(mesh: Mesh | None = None, *, at_most: int | None = None) -> int:
+    """Streaming multiprocessors of the device: how many blocks run at once, where each takes one to itself.
+
+    at_most: None, or how many of them a kernel may have.
+
+    Raises:
+      ValueError: it may have none.
+    """
+    if at_most is not None:
+        if at_most < 1:
+            raise ValueError(f"num_sms is {at_most}; a kernel needs at least one multiprocessor")
+        return min(at_most, num_sms(mesh))
     if interpreting():
         return 2  # enough to have blocks side by side
     if _assumed.get() is not None:

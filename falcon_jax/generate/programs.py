@@ -82,7 +82,7 @@ class Program[**P, R]:
 
     def is_concurrent(self, model: Model) -> bool:
         """Whether what can run at the same time does, as this is compiled for a model."""
-        return self._concurrent and model.cuda_graphs and model.mesh is None
+        return self._concurrent and self._wrapped({"model": model}) is self._on_one_device
 
     def _wrapped(self, keywords: Any) -> Any:
         model: Model = keywords["model"]

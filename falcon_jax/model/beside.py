@@ -23,7 +23,7 @@ BYTES_OF_A_WEIGHT = {"native": 2, "int8": 1}
 
 
 def attention_sms(config: FalconConfig, weights: str, batch: int, capacity: int, num_sms: int) -> int:
-    """How many multiprocessors attention gets for itself, 0 where it runs before the product starts, or after.
+    """How many multiprocessors attention gets for itself; 0 where it does not run beside the product.
 
     Args:
       weights: their form; "native" ones are taken to have 16 bits.

@@ -88,7 +88,7 @@ def decode_attention_in_chain(
       As `decode_attention`; and the counters for the next layer.
 
     Raises:
-      ValueError: as `decode_attention`; or too few counters.
+      ValueError: as `decode_attention`; or too few counters, or no multiprocessor for the kernel.
     """
     N, K = q.shape[1], keys.shape[2]
     arguments.check("decode_attention", num_heads=N, num_kv_heads=K, alibi=alibi)

@@ -73,7 +73,8 @@ def project(
       [..., O] of each product, in x's dtype; of one with slots those, [S, O].
 
     Raises:
-      ValueError: a weight that does not fit its x, x that is not of these moments, or an unknown `implementation`.
+      ValueError: a weight that does not fit its x, x that is not of these moments, no multiprocessor for the kernel, or
+        an unknown `implementation`.
       NotImplementedError: the named implementation cannot take these arguments; moments over several devices.
     """
     for product in products:

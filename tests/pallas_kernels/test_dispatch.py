@@ -151,3 +151,10 @@ def test_kernels_get_each_device_its_share_of_a_mesh(capability, expected, ran, 
     assert ran == [expected]
     (call,) = (equation for equation in traced.eqns if equation.primitive.name == "shard_map")
     assert call.params["jaxpr"].invars[0].aval.shape == (B // 2, T, N // 2, H)
+
+
+def test_a_kernel_may_have_some_of_the_multiprocessors_and_no_more_than_there_are():
+    with compat.assume_capability(compat.HOPPER):
+        assert [compat.num_sms(at_most=count) for count in (None, 1, 500)] == [compat.NUM_SMS, 1, compat.NUM_SMS]
+        with pytest.raises(ValueError, match="num_sms is 0; a kernel needs at least one"):
+            compat.num_sms(at_most=0)

@@ -15,7 +15,7 @@ ROWS = 8
 
 
 def run(*, in_order: bool) -> jax.Array:
-    """One warpgroup leaves twice its half of x in shared memory, and the other takes it from there."""
+    """One warpgroup leaves twice x in shared memory, and the other takes it from there."""
     x = jnp.arange(ROWS * 128, dtype=jnp.float32).reshape(ROWS, 128)
 
     @functools.partial(
