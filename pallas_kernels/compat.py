@@ -66,20 +66,21 @@ def mosaic_reason(mesh: Mesh | None = None) -> str | None:
     return None
 
 
-def num_sms(mesh: Mesh | None = None, *, at_most: int | None = None) -> int:
-    """Streaming multiprocessors of the device: how many blocks run at once, where each takes one to itself.
-
-    at_most: None, or how many of them a kernel may have.
-
-    Raises:
-      ValueError: it may have none.
-    """
-    if at_most is not None:
-        if at_most < 1:
-            raise ValueError(f"num_sms is {at_most}; a kernel needs at least one multiprocessor")
-        return min(at_most, num_sms(mesh))
+def num_sms(mesh: Mesh | None = None) -> int:
+    """Streaming multiprocessors of the device: how many blocks run at once, where each takes one to itself."""
     if interpreting():
         return 2  # enough to have blocks side by side
     if _assumed.get() is not None:
         return NUM_SMS
     return device(mesh).core_count
+
+
+def sms_of_a_kernel(at_most: int | None) -> int:
+    """How many multiprocessors a kernel has, of which it may have so many, or all (None).
+
+    Raises:
+      ValueError: it may have none.
+    """
+    if at_most is not None and at_most < 1:
+        raise ValueError(f"num_sms is {at_most}; a kernel needs at least one multiprocessor")
+    return num_sms() if at_most is None else min(at_most, num_sms())

@@ -118,7 +118,7 @@ def decode_in_chain_mosaic(
 ) -> tuple[Float[Array, "R N H"], Int[Array, " _"]]:
     """`decode_mosaic` without vmap, for arrays in its order; and the counters for the next launch. num_sms:
     multiprocessors that it may have, None for all."""
-    options = {"num_sms": compat.num_sms(at_most=num_sms), "interpretable": compat.interpreting()}
+    options = {"num_sms": compat.sms_of_a_kernel(num_sms), "interpretable": compat.interpreting()}
     return _launch(*arrays, counters, alibi=alibi, scale=scale, plan=None, **options)
 
 

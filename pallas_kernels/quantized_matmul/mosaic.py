@@ -44,7 +44,7 @@ def project_mosaic(
     moments: None, or of a layer norm that ends here (deferred.py).
     num_sms: multiprocessors that it may have, None for all.
     """
-    num_sms, interpretable = compat.num_sms(at_most=num_sms), compat.interpreting()
+    num_sms, interpretable = compat.sms_of_a_kernel(num_sms), compat.interpreting()
     return _launch(list(products), moments, plan=plan, num_sms=num_sms, interpretable=interpretable)
 
 

@@ -155,6 +155,6 @@ def test_kernels_get_each_device_its_share_of_a_mesh(capability, expected, ran, 
 
 def test_a_kernel_may_have_some_of_the_multiprocessors_and_no_more_than_there_are():
     with compat.assume_capability(compat.HOPPER):
-        assert [compat.num_sms(at_most=count) for count in (None, 1, 500)] == [compat.NUM_SMS, 1, compat.NUM_SMS]
+        assert [compat.sms_of_a_kernel(count) for count in (None, 1, 500)] == [compat.NUM_SMS, 1, compat.NUM_SMS]
         with pytest.raises(ValueError, match="num_sms is 0; a kernel needs at least one"):
-            compat.num_sms(at_most=0)
+            compat.sms_of_a_kernel(0)
