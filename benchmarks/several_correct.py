@@ -144,7 +144,7 @@ def make_model(config: FalconConfig, layout: Layout, dtype: str, weights: str = 
     params, mesh = make_params(config, dtype, weights), layout.mesh()
     if mesh is not None:
         leaves = model_params.flatten(params)
-        params = model_params.unflatten(jax.device_put(leaves, sharding.params_sharding(leaves, mesh)))
+        params = model_params.unflatten(jax.device_put(leaves, model_params.layouts(config, mesh, weights)))
     return Falcon(config, params, mesh=mesh)
 
 

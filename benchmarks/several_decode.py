@@ -19,24 +19,28 @@ from falcon_jax import Falcon
 from falcon_jax.config import FalconConfig
 from falcon_jax.generate.sampling import Sampling
 
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """What CUDA graphs hold. sums: as of ForwardOptions; cuda_graphs: as of `Falcon.from_config`."""
+
+    sums: str | None = None
+    xla_flags: str = ""
+    cuda_graphs: bool = True
+
+
 # XLA's own list of what it captures, and collectives with the loop around them. As a compiler's option the list could
 # not be added to; and one process has one XLA_FLAGS. By XLA's dumps jax 0.11.2 captures neither even so, 0.12 both: a
 # graph that the driver has refused (LOG.md).
 WITH_COLLECTIVES = "--xla_gpu_enable_command_buffer=+COLLECTIVES,+WHILE,+CONDITIONAL"
-# Else a sum runs on a stream of its own, which the others wait for.
-NOT_ASYNCHRONOUS = "--xla_gpu_disable_async_collectives=ALLREDUCE"
-# By default XLA adds up a few rows by a kernel of its own, which reads the other devices' memory, and not by NCCL.
-BY_NCCL = "--xla_gpu_experimental_use_collective_kernels="
 # XLA's own least, where generate/programs.py wants two: between two all-reduces of a parallel layer stand four.
 LARGE_GRAPHS = "--xla_gpu_graph_min_graph_size=5"
-# What is captured in CUDA graphs -> XLA's flags.
 GRAPHS = {
-    "as by default": "",
-    "as by default, of five launches": LARGE_GRAPHS,
-    "collectives and loops too": WITH_COLLECTIVES,
-    "none": "",
-    "as by default, sums not asynchronous": NOT_ASYNCHRONOUS,
-    "collectives and loops too, sums by NCCL": f"{WITH_COLLECTIVES} {BY_NCCL}",
+    "as by default": Captured(),
+    "none": Captured(cuda_graphs=False),
+    "as by default, sums by XLA": Captured("xla"),
+    "graphs of five launches, sums by XLA": Captured("xla", LARGE_GRAPHS),
+    "collectives and loops too, sums by XLA": Captured("xla", WITH_COLLECTIVES),
 }
 GRAPH_PROMPT_TOKENS = 64
 
@@ -51,11 +55,18 @@ class OverMesh(measure.Contestant):
     layout: Layout
     weights: str
     dtype: str
+    sums: str | None = None
 
     def load(self) -> measure.OurRunner:
-        return measure.OurRunner(
-            Falcon.from_config(self.config, dtype=self.dtype, weights=self.weights, mesh=self.layout.mesh())
-        )
+        model = Falcon.from_config(self.config, dtype=self.dtype, weights=self.weights, mesh=self.layout.mesh())
+        set_sums(model, self.sums)
+        return measure.OurRunner(model)
+
+
+def set_sums(model: Falcon, sums: str | None) -> None:
+    """As of ForwardOptions."""
+    options = dataclasses.replace(model.engine.model.options, sums=sums)
+    model.engine.model = model.engine.model._replace(options=options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +81,11 @@ class Decode(Job):
     workloads: tuple[Workload, ...]
     repeats: int
     timeout_s: float
+    sums: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.weights}, {self.layout}"
+        return f"{self.model} {self.weights}, {self.layout}" + (f", sums by {self.sums}" if self.sums else "")
 
     @property
     def process(self) -> Any:
@@ -81,9 +93,9 @@ class Decode(Job):
 
     def run(self, say: Say) -> Iterator[Result]:
         about = {"model": self.model, "num_layers": self.config.num_layers, "layout": str(self.layout)}
-        about |= {"num_devices": self.layout.num_devices, "weights": self.weights}
+        about |= {"num_devices": self.layout.num_devices, "weights": self.weights, "sums": self.sums}
         cases = [measure.Case(f"batch {one.batch_size}", one, self.repeats) for one in self.workloads]
-        contestant = OverMesh(self.config, self.layout, self.weights, half_dtype())
+        contestant = OverMesh(self.config, self.layout, self.weights, half_dtype(), self.sums)
         for case, (_, results) in zip(cases, measure.measure_group([contestant], cases, say=say)):
             figures = {key: value for key, value in results[0].items() if key not in ("name", "interleaved")}
             yield about | dataclasses.asdict(case.workload) | figures | peaks(self.layout)
@@ -120,11 +132,13 @@ class Graphs(Job):
 
     @property
     def xla_flags(self) -> str:
-        return GRAPHS[self.captured]
+        return GRAPHS[self.captured].xla_flags
 
     def run(self, say: Say) -> Iterator[Result]:
-        graphs = self.captured != "none"
+        chosen = GRAPHS[self.captured]
+        graphs = chosen.cuda_graphs
         model = Falcon.from_config(self.config, dtype=half_dtype(), mesh=self.layout.mesh(), cuda_graphs=graphs)
+        set_sums(model, chosen.sums)
         model.engine.eos_token_ids = np.array([-1], np.int32)  # no id: nothing ends early
         prompt = Workload(1, GRAPH_PROMPT_TOKENS, self.num_steps).prompts(self.config).tolist()
         generation = model.engine.start(prompt, max_new_tokens=self.num_steps + 1, sampling=Sampling())
@@ -138,24 +152,22 @@ class Graphs(Job):
             "num_layers": self.config.num_layers,
             "layout": str(self.layout),
             "captured": self.captured,
-            "xla_flags": self.xla_flags,
+            **dataclasses.asdict(chosen),
             "num_steps": len(tokens) - 1,
             "decode_tokens_per_s": (len(tokens) - num_before) / seconds,
             "tokens": tokens,  # for `with_agreement`, which takes them out
         }
 
 
-def with_agreement(result: Result, kept: dict[str, list[int]]) -> Result:
-    """A result of Graphs without its tokens, and whether they are those of the first that had any.
+def with_agreement(result: Result, kept: dict[str | None, tuple[str, list[int]]]) -> Result:
+    """A result of Graphs without its tokens, and whether they are those of the first that had any and added up so too.
 
-    kept: that one's tokens by its name, put there by this function.
+    kept: of each way to add up that first one's name and tokens, put there by this function.
     """
     tokens = result.pop("tokens", None)
     if tokens is None:
         return result
-    if not kept:
-        kept[result["name"]] = tokens
-    ((name, first),) = kept.items()
+    name, first = kept.setdefault(result["sums"], (result["name"], tokens))
     differs = next((step for step, (one, other) in enumerate(zip(tokens, first)) if one != other), None)
     agreement = {"compared_with": name, "first_step_that_differs": differs}
     return result | agreement | {"ok": tokens == first}

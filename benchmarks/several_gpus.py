@@ -78,6 +78,8 @@ class Arguments:
     """Of decoding."""
     batches: tuple[int, ...] = (1, 16)
     """Rows of decoding."""
+    sums: Literal["peers", "xla"] | None = None
+    """What adds up, in decoding, what several devices have made: the kernels, or XLA; the kernels where they can."""
     decode_layers: int | None = None
     """Layers of what decodes; all if left out."""
     context: int | None = None
@@ -140,7 +142,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
         **hardware.describe(),
         "num_devices": len(jax.devices()),
     }
-    tokens: dict[str, list[int]] = {}
+    tokens: dict[str | None, tuple[str, list[int]]] = {}
     place = functools.partial(place_of, arguments)
     for result in several_jobs.run(jobs, place, Clock(begin, arguments.max_seconds), command.say):
         document["results"].append(several_decode.with_agreement(result, tokens))
@@ -264,7 +266,8 @@ def decode_jobs(arguments: Arguments, counts: list[int], memory_bytes: int) -> "
         config = shape(model, sizes.decode_layers, arguments.tiny)
         workloads = tuple(Workload(batch, sizes.context, sizes.new_tokens) for batch in batches)
         limit_s = arguments.job_timeout_s
-        return Decode(model, config, Layout(tensor=count), weights, workloads, arguments.repeats, limit_s)
+        sums = arguments.sums if count > 1 else None
+        return Decode(model, config, Layout(tensor=count), weights, workloads, arguments.repeats, limit_s, sums)
 
     ends = [most, *(count for count in counts if count == 1)]
     between = [count for count in reversed(counts) if count not in ends]

@@ -469,7 +469,8 @@ def _left_for_cache(config: FalconConfig, dtype: Any, weights: str, mesh: Mesh |
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     cache = cache_bytes(config, 1, config.max_tokens, dtype)
     if mesh is not None:
-        shapes = {path: sharding.param_sharding(path, shape, mesh).shard_shape(shape) for path, shape in shapes.items()}
+        where = model_params.layouts(config, mesh, weights)
+        shapes = {path: where[path].shard_shape(shape) for path, shape in shapes.items()}
         row = (1, config.max_tokens, config.num_kv_heads, config.head_dim)
         cache = cache * math.prod(sharding.cache_sharding(row, mesh).shard_shape(row)) // math.prod(row)
     held = sum(math.prod(shape) * leaves[path].dtype.itemsize for path, shape in shapes.items())

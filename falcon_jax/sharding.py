@@ -26,15 +26,8 @@ MANUAL_AXES = ("data", "fsdp", "stage")  # in training
 ZERO_AXES = ("fsdp", "data")  # what the training state's widths are split over, as far as they divide
 
 # The first match wins whose layout has no more dimensions than the parameter. A letter's axis: D -> fsdp; N, K, F, V ->
-# tensor; H is never split.
+# tensor; H is never split. Weights in few bits lie as the native ones do (model/quantize.py).
 PARAMETER_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
-    # In few bits, tiles of 64 outputs and 128 inputs: Q P words, the outputs first.
-    (r".*\.(query|key|value|up)\.weight\.values", PartitionSpec("tensor", "fsdp", None)),
-    (r".*\.(output|down)\.weight\.values", PartitionSpec("fsdp", "tensor", None)),
-    # Their scales: Q 64 (int8, one for each output) or Q P 64 (int4).
-    (r".*\.(query|key|value|up)\.weight\.scales", PartitionSpec("tensor")),
-    (r".*\.(output|down)\.weight\.scales", PartitionSpec(None, "tensor", None)),
-    (r".*\.(output|down)\.weight\.scales", PartitionSpec()),
     (r".*\.(query|key|value)\.b", PartitionSpec(None, "tensor", None)),  # r N H, of adapters (model/adapters.py)
     (r".*\.attention\.output\.a", PartitionSpec("tensor", None, None)),  # N H r
     (r".*\.mlp\.up\.b", PartitionSpec(None, "tensor")),  # r F

@@ -23,7 +23,7 @@ from falcon_jax.checkpoint.manifest import PARAMS_FOLDER, Manifest, is_converted
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import CheckpointError
 from falcon_jax.model import quantize
-from falcon_jax.model.params import Params, unflatten
+from falcon_jax.model.params import Params, layouts, unflatten
 from falcon_jax.tokenizer import TOKENIZER_FILE
 
 # What one read asks for: large enough for the disk, small beside the model; the next is read while one is checked.
@@ -95,7 +95,8 @@ def _load_converted(
     if {path: record.shape for path, record in records.items()} != stored_shapes(manifest.config, manifest.weights):
         raise CheckpointError(f"{folder}: its manifest does not list the arrays of its configuration: convert again")
     stored = ArrayFolder(folder / PARAMS_FOLDER)
-    targets = {path: record.abstract(_layout(path, record.shape, mesh)) for path, record in records.items()}
+    where = layouts(manifest.config, mesh, manifest.weights) if mesh is not None else {}
+    targets = {path: record.abstract(where.get(path) or _default_device()) for path, record in records.items()}
     arrays, started, native = {}, {}, mapping.shapes(manifest.config)
     for batch in _prefetched(stored.read_device, _batches(targets)):
         for path, array in batch.items():
@@ -125,13 +126,12 @@ def _load_hf(
 
     for batch in _prefetched(read, plan.entries):
         for path, array in batch.items():
-            arrays |= _kept(path, _to_device(array, _layout(path, array.shape, mesh)), cast, weights, mesh)
+            layout = _default_device() if mesh is None else sharding.param_sharding(path, array.shape, mesh)
+            arrays |= _kept(path, _to_device(array, layout), cast, weights, mesh)
     return plan.config, {path: arrays[path] for path in stored_shapes(plan.config, weights)}
 
 
-def _layout(path: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
-    if mesh is not None:
-        return sharding.param_sharding(path, shape, mesh)
+def _default_device() -> jax.sharding.Sharding:
     default = jax.config.jax_default_device or jax.local_devices()[0]
     return jax.sharding.SingleDeviceSharding(jax.devices(default)[0] if isinstance(default, str) else default)
 
@@ -144,9 +144,8 @@ def _to_device(array: np.ndarray, layout: jax.sharding.Sharding) -> jax.Array:
 def _kept(path: str, array: jax.Array, cast: np.dtype | None, weights: str, mesh: Mesh | None) -> dict[str, jax.Array]:
     """What stays of a native parameter: cast, and in few bits where it is to be."""
     array = _cast(path, array, cast)
-    parts = quantize.described(path, array.shape, array.dtype, weights)
-    layouts = {name: _layout(name, part.shape, mesh) for name, part in parts.items()}
-    return quantize.on_device(path, array, weights, layouts)
+    where = quantize.layouts(path, array.shape, weights, mesh)
+    return quantize.on_device(path, array, weights, {name: one or _default_device() for name, one in where.items()})
 
 
 def _cast(path: str, array: jax.Array, dtype: np.dtype | None) -> jax.Array:

@@ -193,9 +193,7 @@ def load_merged(
     made: dict[str, jax.Array] = {}
     for path in list(merged):
         array = merged.pop(path)
-        parts = quantize.described(path, array.shape, array.dtype, weights)
-        layouts = dict.fromkeys(parts) if mesh is None else sharding.params_sharding(parts, mesh)
-        made |= quantize.on_device(path, array, weights, layouts)
+        made |= quantize.on_device(path, array, weights, quantize.layouts(path, array.shape, weights, mesh))
     return loaded._replace(params=unflatten(made))
 
 

@@ -20,12 +20,15 @@ from jaxtyping import Array, Float, Int
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
+from falcon_jax.errors import RequestError
 from falcon_jax.generate import batching, limits, speculate
 from falcon_jax.generate.programs import all_logits, decode, decode_drafted, first_token, prefill, repeat_rows
 from falcon_jax.generate.sampling import Sampling, row_keys
 from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model
+from falcon_jax.model import peers
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.params import Params
+from falcon_jax.model.peers import Peers
 from falcon_jax.model.step import ForwardOptions
 
 
@@ -58,6 +61,7 @@ class Engine:
         self.max_cache_tokens = max_cache_tokens
         self.max_cache_bytes = max_cache_bytes
         self.dtype: jnp.dtype = params["embed"]["weight"].dtype
+        self._memories: dict[int, peers.Memory] = {}  # by the tokens of a step
         # Never empty, so that a model without an end-of-text token needs no code of its own.
         self.eos_token_ids = np.array(config.eos_token_ids or (-1,), np.int32)
 
@@ -158,6 +162,25 @@ class Engine:
         whole = rope is not None and rope.scaling == "dynamic"
         sizes = batching.prefill_sizes(longest_prompt, num_prompts, whole=whole)
         return sizes, batching.cache_capacity(longest_prompt + max_new_tokens, sizes)
+
+    def peers(self, num_tokens: int) -> Peers | None:
+        """How kernels on the mesh's devices reach each other's memory in steps of so many tokens, of all rows.
+
+        None: they do not, and XLA adds up what devices make.
+
+        Raises:
+          RequestError: the options ask for it, and it cannot be had here.
+        """
+        mesh, sums = self.model.mesh, self.model.options.sums
+        if sums == "xla" or mesh is None:
+            return None
+        if (reason := peers.reason_against(self.model.config, self.dtype, mesh, num_tokens)) is not None:
+            if sums is not None:
+                raise RequestError(f"sums={sums!r} is not possible here: {reason}")
+            return None
+        if num_tokens not in self._memories:
+            self._memories[num_tokens] = peers.Memory(self.model.config, mesh, num_tokens)
+        return self._memories[num_tokens].peers
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_samples: int
@@ -281,8 +304,9 @@ class Generation:
     def _decode(self, max_steps: int) -> tuple[DecodeState, Chunk]:
         # A step makes at least one token in each row that goes on.
         num_steps = np.int32(min(max_steps, int(self.left.max(where=~self.done, initial=0))))
-        static = {"model": self._engine.model, "kind": self._kind}
+        peers = self._engine.peers(self.num_rows * (1 + self._num_drafted))
+        options = {"model": self._engine.model, "kind": self._kind, "peers": peers}
         begin = (self._engine.params, self._state, num_steps, self.done)
         if self._num_drafted == 0:
-            return decode(*begin, self._keys, *self._fixed, **static)
-        return decode_drafted(*begin, self.left, self._keys, *self._fixed, num_drafted=self._num_drafted, **static)
+            return decode(*begin, self._keys, *self._fixed, **options)
+        return decode_drafted(*begin, self.left, self._keys, *self._fixed, num_drafted=self._num_drafted, **options)

@@ -22,6 +22,7 @@ from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.decoder import FalconDecoder
 from falcon_jax.model.params import Params, bind
+from falcon_jax.model.peers import Peers
 
 # Kinds of operations that XLA captures in CUDA graphs, which it calls command buffers, five or more to a graph. Its own
 # choice leaves loops out, so that between two steps the GPU waits for the host, 40 to 200 us (benchmarks/LOG.md).
@@ -32,8 +33,8 @@ WITH_LOOPS_IN_CUDA_GRAPHS = {
 # time: small operations around the layers, and attention (model/beside.py). Not measured with jax 0.12.
 AT_THE_SAME_TIME = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if jax.__version_info__ < (0, 12) else {}
 WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
-# What several devices send one another is in no graph, by XLA's choice, and between two such sums a layer has four
-# launches: XLA makes no graph of fewer than five.
+# What XLA sends from device to device is in no graph, by its choice. Where a layer ends in such a sum, there are four
+# launches between two of them, and XLA makes no graph of fewer than five.
 WITH_SMALL_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 2}
 
 
@@ -42,9 +43,10 @@ class Program[**P, R]:
 
     Args:
       function: takes its `model`, which is static, by keyword.
-      loops: whether it is a loop, which on one device belongs into a CUDA graph as a whole; over several, where a loop
-        around what they send one another cannot, in graphs as small as its parts are. A choice in XLA_FLAGS stands.
-      concurrent: whether, in a loop's graph on one device, what can run at the same time does.
+      loops: whether it is a loop, which on one device, or over several whose kernels reach each other's memory
+        (`peers`), belongs into a CUDA graph as a whole; else, where a loop around what XLA sends from one to another
+        cannot, in graphs as small as its parts are. A choice in XLA_FLAGS stands.
+      concurrent: whether, in a loop's graph, what can run at the same time does.
       options: of jax.jit, without "model" among the static arguments.
     """
 
@@ -67,8 +69,8 @@ class Program[**P, R]:
             return self._default if any(name in flags for name in options) else wrap(compiler_options=options)
 
         in_one_graph = WITH_LOOPS_IN_CUDA_GRAPHS | (AT_THE_SAME_TIME if concurrent else {})
-        self._on_one_device = unless_chosen(in_one_graph) if loops else self._default
-        self._concurrent = concurrent and bool(AT_THE_SAME_TIME) and self._on_one_device is not self._default
+        self._whole = unless_chosen(in_one_graph) if loops else self._default
+        self._concurrent = concurrent and bool(AT_THE_SAME_TIME) and self._whole is not self._default
         self._over_mesh = unless_chosen(WITH_SMALL_CUDA_GRAPHS) if loops else self._default
         self._without_cuda_graphs = wrap(compiler_options=WITHOUT_CUDA_GRAPHS)
         functools.update_wrapper(self, function)
@@ -80,15 +82,16 @@ class Program[**P, R]:
         """As the method of what jax.jit returns: arguments may be shapes."""
         return self._wrapped(kwargs).lower(*args, **kwargs)
 
-    def is_concurrent(self, model: Model) -> bool:
+    def is_concurrent(self, model: Model, peers: Peers | None = None) -> bool:
         """Whether what can run at the same time does, as this is compiled for a model."""
-        return self._concurrent and self._wrapped({"model": model}) is self._on_one_device
+        return self._concurrent and self._wrapped({"model": model, "peers": peers}) is self._whole
 
     def _wrapped(self, keywords: Any) -> Any:
         model: Model = keywords["model"]
         if not model.cuda_graphs:
             return self._without_cuda_graphs
-        return self._on_one_device if model.mesh is None else self._over_mesh
+        has_collectives = model.mesh is not None and keywords.get("peers") is None
+        return self._over_mesh if has_collectives else self._whole
 
 
 @functools.partial(Program, static_argnames="is_first", donate_argnames=("cache", "last"))
@@ -163,6 +166,7 @@ def decode(
     values: SamplingValues,
     eos_token_ids: Int[Array, " E"],
     *,
+    peers: Peers | None = None,
     model: Model,
     kind: SamplingKind,
 ) -> tuple[DecodeState, Chunk]:
@@ -174,14 +178,16 @@ def decode(
       stopped: rows that the host has ended since the last call.
       keys: one a row, into which each step folds the position; None for greedy.
       eos_token_ids: a row that makes one of them is done, that token being its last. No logit is masked.
+      peers: how kernels on the devices of the model's mesh reach each other's memory; None: XLA adds up and gathers
+        what the devices make.
     """
-    decoder = _decoder(params, model, concurrent=decode.is_concurrent(model))
+    decoder = _decoder(params, model, concurrent=decode.is_concurrent(model, peers))
     state = dataclasses.replace(state, done=state.done | stopped)
 
     def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
         active = ~state.done
-        hidden, cache = _read(decoder, state.tokens[:, None], state.cache, active.astype(jnp.int32))
-        logits = decoder.logits(hidden[:, 0])
+        hidden, cache = _read(decoder, state.tokens[:, None], state.cache, active.astype(jnp.int32), peers=peers)
+        logits = decoder.logits(hidden[:, 0], peers)
         tokens, logprobs, seen = _choose(logits, keys, cache.lengths, state.seen, values, kind)
         tokens = jnp.where(active, tokens, state.tokens)
         chunk = Chunk(
@@ -208,6 +214,7 @@ def decode_drafted(
     values: SamplingValues,
     eos_token_ids: Int[Array, " E"],
     *,
+    peers: Peers | None = None,
     num_drafted: int,
     model: Model,
     kind: SamplingKind,
@@ -218,14 +225,14 @@ def decode_drafted(
       state: donated; with a history.
       left: how many tokens each row may still get; a row that has them all is done.
       num_drafted: at least 1; static, as it decides the shapes.
-      num_steps, stopped, keys, eos_token_ids: as in `decode`.
+      num_steps, stopped, keys, eos_token_ids, peers: as in `decode`.
     """
     decoder = _decoder(params, model)
     state = dataclasses.replace(state, done=state.done | stopped | (left == 0))
 
     def forward(token_ids: Array, cache: KVCache, num_tokens: Array) -> tuple[Float[Array, "B T V"], KVCache]:
-        hidden, cache = _read(decoder, token_ids, cache, num_tokens)
-        return decoder.logits(hidden), cache
+        hidden, cache = _read(decoder, token_ids, cache, num_tokens, peers=peers)
+        return decoder.logits(hidden, peers), cache
 
     def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
         return speculate.advance(
@@ -258,8 +265,10 @@ def _read(
     num_tokens: Int[Array, " B"],
     *,
     cache_is_empty: bool = False,
+    peers: Peers | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    hidden, filled = decoder(token_ids, cache=cache, num_tokens=num_tokens, cache_is_empty=cache_is_empty)
+    options = {"cache_is_empty": cache_is_empty, "peers": peers}
+    hidden, filled = decoder(token_ids, cache=cache, num_tokens=num_tokens, **options)
     assert filled is not None  # a cache came in
     return hidden, filled
 

@@ -19,8 +19,9 @@ from falcon_jax.config import FalconConfig
 from falcon_jax.model import stages
 from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
-from falcon_jax.model.embedding import Embedding
+from falcon_jax.model.embedding import Embedding, gathered
 from falcon_jax.model.linear import LayerNorm, Linear, apart, apart_backward, multiply
+from falcon_jax.model.peers import Peers
 from falcon_jax.model.step import ForwardOptions, Step, spans
 from pallas_kernels.quantized_matmul import exact_gelu
 
@@ -87,12 +88,15 @@ class Ends(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear((config.width,), (config.vocab_size,), bias=False)
 
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states: the product in the parameters' dtype with float32 accumulation."""
+    def logits(self, hidden: Float[Array, "*batch D"], peers: Peers | None = None) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states: the product in the parameters' dtype with float32 accumulation.
+
+        Where the vocabulary is split over a mesh, so are they; with `peers` all devices have them whole.
+        """
         with jax.named_scope("logits"):
-            if self.config.tie_word_embeddings:
-                return multiply(hidden, self.embed.weight[...], transposed=True, dtype=jnp.float32)
-            return multiply(hidden, self.lm_head.weight[...], dtype=jnp.float32)
+            matrix, is_tied = self.head()
+            made = multiply(hidden, matrix, transposed=is_tied, dtype=jnp.float32)
+            return made if peers is None else gathered(made, self.mesh, peers.logits)
 
     def head(self) -> tuple[Float[Array, "V D"] | Float[Array, "D V"], bool]:
         """The matrix of the head, and whether it is [V, D] (the embedding's own) rather than [D, V]."""
@@ -122,6 +126,7 @@ class FalconDecoder(Ends):
         cache: KVCache | None = None,
         num_tokens: Int[Array, " B"] | None = None,
         cache_is_empty: bool = False,
+        peers: Peers | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The final hidden states of T tokens a row, and the cache that now holds them.
 
@@ -132,6 +137,8 @@ class FalconDecoder(Ends):
           num_tokens: how many of each row's T tokens are real; None means all.
           cache_is_empty: the caller knows that no row holds anything yet (static): attention then reads the T new keys
             and not the whole cache.
+          peers: how kernels on the devices of the mesh reach each other's memory, for up to 64 tokens in all; None: XLA
+            adds up what the devices make.
 
         Returns:
           Hidden states [B, T, D] in the parameters' dtype (at padding: finite, meaningless) and the cache with each
@@ -142,9 +149,10 @@ class FalconDecoder(Ends):
         read = None if cache_is_empty else cache
         step = Step.begin(self.config, self.options, T, offsets, ends, read, self.mesh)
 
-        x = self.embed(token_ids)
+        rows = None if peers is None else peers.rows
+        x = self.embed(token_ids, rows)
         if cache is not None and self._takes_stages(B * T, cache_is_empty):
-            x, kept = stages.run(self, x, step, cache, self.options.stages)
+            x, kept = stages.run(self, x, step, cache, self.options.stages, rows)
             keys, values = zip(*kept, strict=True)
             return x, KVCache(keys, values, ends)
         keys, values = [], []

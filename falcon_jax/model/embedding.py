@@ -1,4 +1,4 @@
-"""The token vectors: their lookup, and a gradient that adds up in float32.
+"""The token vectors: their lookup, and a gradient that adds up in float32. And logits, where a vocabulary is split.
 
 The trap: the transpose of a plain lookup adds each token's gradient to its row in the table's dtype. In bfloat16 a
 frequent token's row then stops growing, at some 256 times what is added; and a GPU adds in whatever order its atomic
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from falcon_jax.config import FalconConfig
 from falcon_jax.model.linear import declare
+from pallas_kernels.peers import Addresses, add_rows, gather_columns
 from pallas_kernels.sharded import HEAD_AXIS, over_axis
 
 # Tokens whose gradients one small product adds up; a multiple of what matrix instructions take.
@@ -27,29 +28,59 @@ class Embedding(nnx.Module):
     """Token vectors; with a tied head also the output projection.
 
     Where the vocabulary is split over "tensor", each device looks up what it has and the results add up: left to itself
-    XLA gathers the whole table.
+    XLA gathers the whole table. The sum is XLA's, or with `peers` a kernel's.
     """
 
     def __init__(self, config: FalconConfig, mesh: Mesh | None):
         self.weight = declare((config.vocab_size, config.width), "normal")
         self.mesh = mesh
 
-    def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, token_ids: Int[Array, "B T"], peers: Addresses | None = None) -> Float[Array, "B T D"]:
         table = self.weight[...]
-        num_shards = 1 if self.mesh is None else self.mesh.shape.get(HEAD_AXIS, 1)
-        if num_shards == 1 or table.shape[0] % num_shards:
+        if not is_split(table.shape[0], self.mesh):
             return look_up(table, token_ids)
-        whole = PartitionSpec()
-        of_device = over_axis(self._of_shard, HEAD_AXIS, self.mesh, (PartitionSpec(HEAD_AXIS), whole), whole)
-        return of_device(table, token_ids)
+        whole, first = PartitionSpec(), PartitionSpec(HEAD_AXIS)
+        if peers is None:
+            found = over_axis(self._of_shard, HEAD_AXIS, self.mesh, (first, whole), whole)
+            return found(table, token_ids)
+
+        def of_device(table: Array, token_ids: Array, mailboxes: Array) -> Array:
+            rows = self._own(table, token_ids).reshape(-1, table.shape[1])
+            return add_rows(rows, mailboxes.reshape(-1), peers).reshape(*token_ids.shape, -1)
+
+        return over_axis(of_device, HEAD_AXIS, self.mesh, (first, whole, first), whole)(table, token_ids, peers.table)
 
     @staticmethod
     def _of_shard(table: Float[Array, "rows D"], token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jax.lax.psum(Embedding._own(table, token_ids), HEAD_AXIS)
+
+    @staticmethod
+    def _own(table: Float[Array, "rows D"], token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Zeros for tokens that another device has."""
         own = token_ids - jax.lax.axis_index(HEAD_AXIS) * table.shape[0]
         is_here = (own >= 0) & (own < table.shape[0])
         # All others share a row, whose gradient from here is zero.
-        found = jnp.where(is_here[..., None], look_up(table, jnp.where(is_here, own, 0)), 0)
-        return jax.lax.psum(found, HEAD_AXIS)
+        return jnp.where(is_here[..., None], look_up(table, jnp.where(is_here, own, 0)), 0)
+
+
+def is_split(vocab_size: int, mesh: Mesh | None) -> bool:
+    """Whether a vocabulary lies over the mesh's tensor axis."""
+    count = 1 if mesh is None else mesh.shape.get(HEAD_AXIS, 1)
+    return count > 1 and vocab_size % count == 0
+
+
+def gathered(logits: Float[Array, "*batch V"], mesh: Mesh | None, peers: Addresses) -> Float[Array, "*batch V"]:
+    """Whole on all devices, by a kernel."""
+    V = logits.shape[-1]
+    if not is_split(V, mesh):
+        return logits
+
+    def of_device(logits: Array, mailboxes: Array) -> Array:
+        return gather_columns(logits, mailboxes.reshape(-1), peers)
+
+    whole, columns = PartitionSpec(), PartitionSpec(None, HEAD_AXIS)
+    gather = over_axis(of_device, HEAD_AXIS, mesh, (columns, PartitionSpec(HEAD_AXIS)), whole)
+    return gather(logits.reshape(-1, V), peers.table).reshape(logits.shape)
 
 
 @jax.custom_vjp

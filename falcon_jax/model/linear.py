@@ -141,11 +141,10 @@ class Linear(nnx.Module):
     def _native_matrix(self) -> Float[Array, "I O"]:
         return self.weight[...].reshape(math.prod(self.inputs), self.num_outputs)
 
-    def place(self) -> tuple[str, tuple[int, ...]]:
-        """What follows the projection's path in that of its largest array, and that one's shape: see sharding.py."""
-        if isinstance(self.weight, Quantized):
-            return "weight.values", self.weight.shape
-        return "weight", (*self.inputs, *self.outputs)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the native weight: inputs and outputs."""
+        return (*self.inputs, *self.outputs)
 
     @property
     def num_outputs(self) -> int:

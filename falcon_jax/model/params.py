@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import quantize
 from falcon_jax.model.decoder import Block, Ends, FalconDecoder
@@ -42,6 +41,13 @@ def abstract(config: FalconConfig, dtype: DTypeLike, weights: str = "native") ->
     return unflatten({path: described(param) for path, param in _walk_declared(config, weights)})
 
 
+def layouts(config: FalconConfig, mesh: Mesh, weights: str = "native") -> dict[str, NamedSharding]:
+    """Where each parameter of a tree with such weights lies on a mesh, by dotted path."""
+    native = flatten(abstract(config, jnp.bfloat16))
+    found = [quantize.layouts(path, leaf.shape, weights, mesh) for path, leaf in native.items()]
+    return {path: layout for parts in found for path, layout in parts.items() if layout is not None}
+
+
 def init(
     config: FalconConfig, key: Array, dtype: DTypeLike, mesh: Mesh | None = None, weights: str = "native"
 ) -> Params:
@@ -54,12 +60,9 @@ def init(
     leaves, made = list(enumerate(flatten(abstract(config, dtype)).items())), {}
     # The largest first: what it takes to make an array comes on top of all that are there.
     for number, (path, leaf) in sorted(leaves, key=lambda item: -item[1][1].size):
-        layouts = {
-            name: None if mesh is None else sharding.param_sharding(name, part.shape, mesh)
-            for name, part in quantize.described(path, leaf.shape, leaf.dtype, weights).items()
-        }
-        fill = _filler(kinds[path], leaf.shape, leaf.dtype, config.initializer_range, layouts.get(path))
-        made[path] = quantize.on_device(path, fill(jax.random.fold_in(key, number)), weights, layouts)
+        where = quantize.layouts(path, leaf.shape, weights, mesh)
+        fill = _filler(kinds[path], leaf.shape, leaf.dtype, config.initializer_range, where.get(path))
+        made[path] = quantize.on_device(path, fill(jax.random.fold_in(key, number)), weights, where)
     return unflatten({name: part for _, (path, _) in leaves for name, part in made[path].items()})
 
 

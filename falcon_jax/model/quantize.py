@@ -13,8 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from falcon_jax import sharding
 from pallas_kernels.quantized_matmul import FORMS, TILE_OUTPUTS, QuantizedWeight, quantize, storage
+from pallas_kernels.quantized_matmul.formats import GROUP
 
 WEIGHTS = ("native", *FORMS)
 _PROJECTION = re.compile(r"layers\.\d+\.(attention\.(query|key|value|output)|mlp\.(up|down))\.weight")
@@ -36,8 +39,12 @@ def is_quantizable(path: str) -> bool:
 
 def matrix_shape(path: str, shape: Sequence[int]) -> tuple[int, int]:
     """Inputs and outputs of a projection's weight [*inputs, *outputs]."""
-    num_input_axes = 2 if path.endswith("attention.output.weight") else 1
-    return math.prod(shape[:num_input_axes]), math.prod(shape[num_input_axes:])
+    first_output = _num_input_axes(path)
+    return math.prod(shape[:first_output]), math.prod(shape[first_output:])
+
+
+def _num_input_axes(path: str) -> int:
+    return 2 if path.endswith("attention.output.weight") else 1
 
 
 def named(path: str, weight: QuantizedWeight) -> dict[str, Any]:
@@ -50,6 +57,29 @@ def described(path: str, shape: Sequence[int], dtype: Any, weights: str) -> dict
     if weights == "native" or not is_quantizable(path):
         return {path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))}
     return named(path, storage(weights, *matrix_shape(path, shape)))
+
+
+def layouts(path: str, shape: Sequence[int], weights: str, mesh: Mesh | None) -> dict[str, NamedSharding | None]:
+    """Where what becomes of one native parameter lies, by path; None without a mesh.
+
+    Arrays of few bits lie as the native weight would, heads whole, as far as each device then has whole tiles.
+    """
+    if weights == "native" or not is_quantizable(path):
+        return {path: None if mesh is None else sharding.param_sharding(path, shape, mesh)}
+    parts = storage(weights, *matrix_shape(path, shape))
+    if mesh is None:
+        return named(path, QuantizedWeight(None, None))
+    axes = sharding.axes_by_dimension(sharding.param_sharding(path, shape, mesh).spec)
+    # Of each side of the matrix the first dimension alone is ever split: heads, not what is in them.
+    inputs, outputs = axes[0], axes[_num_input_axes(path)]
+    of_tiles = [
+        () if size % (tile * math.prod(mesh.shape[axis] for axis in over)) else over
+        for size, tile, over in zip(matrix_shape(path, shape), (GROUP, TILE_OUTPUTS), (inputs, outputs), strict=True)
+    ]
+    inputs, outputs = (over or None for over in of_tiles)
+    scales = (outputs, inputs) if parts.scales.ndim == 3 else (outputs,)
+    specs = QuantizedWeight(PartitionSpec(outputs, inputs), PartitionSpec(*scales))
+    return named(path, QuantizedWeight(*(NamedSharding(mesh, spec) for spec in specs)))
 
 
 def on_device(path: str, array: jax.Array, weights: str, layouts: Mapping[str, Any]) -> dict[str, jax.Array]:

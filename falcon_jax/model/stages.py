@@ -6,7 +6,11 @@ them. Here a parallel layer is an input stage (all projections of the normalized
 an output stage (projections, residual and the norms that the next layer reads); a sequential one has two of each.
 Where attention runs beside the MLP's first product, the input stage is two launches (beside.py).
 Heads of 64 are rotated by the input stage, which also puts keys and values where the cache holds them. Of up to six
-tokens on one device norms begin in the output stage and end in the input stage after it.
+tokens norms begin in the output stage and end in the input stage after it.
+
+Over the tensor axis of a mesh each device works on its heads and its part of the MLP's width. Where kernels reach the
+other devices' memory (pallas_kernels/peers.py), the output stage adds up what all have made, and the launches are those
+of one device; else it ends before the sum, which XLA makes, and norms follow that.
 
 Rows are the tokens of all sequences, one after the other, filled up to a multiple of 8 with rows that mean nothing:
 no stage mixes rows.
@@ -17,6 +21,7 @@ The trap: results differ from the plain layers' by rounding, as sums stay in flo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,11 +30,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from falcon_jax import sharding
-from falcon_jax.model import beside
+from falcon_jax.model import beside, quantize
 from falcon_jax.model import cache as kv_cache
 from falcon_jax.model.step import Step
 from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm, attention_norm_deferred, new_meeting
+from pallas_kernels.peers import Addresses
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Moments, Product, deferred, in_eights, project
 from pallas_kernels.sharded import HEAD_AXIS
 
@@ -81,16 +87,25 @@ def _split(decoder: FalconDecoder) -> dict[str, bool]:
     found = {}
     for name in names:
         part, _, projection = name.partition(".")
-        path, shape = getattr(getattr(block, part), projection).place()
-        spec = sharding.param_sharding(f"layers.0.{name}.{path}", shape, mesh).spec
-        found[name] = any(HEAD_AXIS in axes for axes in sharding.axes_by_dimension(spec))
+        path, shape = f"layers.0.{name}.weight", getattr(getattr(block, part), projection).shape
+        layout = next(iter(quantize.layouts(path, shape, decoder.weights, mesh).values()))
+        assert layout is not None  # there is a mesh
+        found[name] = any(HEAD_AXIS in axes for axes in sharding.axes_by_dimension(layout.spec))
     return found
 
 
 def run(
-    decoder: FalconDecoder, x: Float[Array, "B T D"], step: Step, cache: KVCache, implementation: str | None
+    decoder: FalconDecoder,
+    x: Float[Array, "B T D"],
+    step: Step,
+    cache: KVCache,
+    implementation: str | None,
+    peers: Addresses | None = None,
 ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]]]:
     """All layers and the final norm.
+
+    Args:
+      peers: where kernels on the devices of the decoder's mesh find each other's memory, for up to 64 tokens; or None.
 
     Returns:
       The final hidden states, and each layer's keys and values with the new tokens in them.
@@ -100,12 +115,15 @@ def run(
     layers = list(decoder.layers)
     norms_after = [_input_norms(block) for block in layers[1:]] + [[decoder.final_norm]]
     places = _positions(decoder, step, cache, residual.shape[0])
-    defers = deferred.fits(B * T, D) and quantized_matmul.size_of(decoder.mesh) == 1
+    is_one = quantized_matmul.size_of(decoder.mesh) == 1
+    defers = deferred.fits(B * T, D) and (is_one or peers is not None)
     attention_sms = 0
-    if decoder.options.concurrent and T == 1 and places[1] is not None and compat.mosaic_reason() is None:
+    # Over several devices it has not been measured.
+    if is_one and decoder.options.concurrent and T == 1 and places[1] is not None and compat.mosaic_reason() is None:
         shape = decoder.config, decoder.weights, B, cache.capacity
         attention_sms = beside.attention_sms(*shape, compat.num_sms())
-    shared = _Shared(step, implementation, decoder.mesh, _split(decoder), defers, attention_sms, *places)
+    mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
+    shared = _Shared(step, implementation, mesh, defers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))
     meetings = new_meeting(residual.shape[0], D), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
     kept = []
@@ -127,25 +145,40 @@ class _Normed:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Mesh:
+    """What the stages run over. split: as `_split` has it. num_tokens: those that mean something."""
+
+    mesh: Mesh | None
+    split: dict[str, bool]
+    peers: Addresses | None
+    num_tokens: int
+
+    def of_output(self, names: Iterable[str]) -> dict[str, Any]:
+        """What an output stage of these projections must know of it."""
+        split = [self.split[name] for name in names]
+        return {"mesh": self.mesh, "are_split": split, "peers": self.peers, "num_rows": self.num_tokens}
+
+
+@dataclasses.dataclass(frozen=True)
 class _Shared:
-    """What all layers share. split: as `_split` has it. defers: whether norms that an input stage reads end there.
+    """What all layers share. defers: whether norms that an input stage reads end there.
     attention_sms: as beside.py has it.
     rotary: cos and sin by which it rotates; places: where it puts keys and values; None where that is done after it."""
 
     step: Step
     implementation: str | None
-    mesh: Mesh | None
-    split: dict[str, bool]
+    mesh: _Mesh
     defers: bool
     attention_sms: int
     rotary: tuple[Float[Array, "R 32"], Float[Array, "R 32"]] | None
     places: Int[Array, " tokens"] | None
 
     def product(self, name: str, projection: Linear, x: Array, **rest: Any) -> Product:
-        return projection.product(x, is_split=self.split[name], **rest)
+        return projection.product(x, is_split=self.mesh.split[name], **rest)
 
     def project(self, products: list[Product], moments: Moments | None, num_sms: int | None = None) -> list[Array]:
-        return project(products, moments=moments, num_sms=num_sms, mesh=self.mesh, implementation=self.implementation)
+        options = {"mesh": self.mesh.mesh, "implementation": self.implementation}
+        return project(products, moments=moments, num_sms=num_sms, **options)
 
     def project_beside_attention(self, products: list[Product], others: list[Product], moments: Moments | None):
         """`products`, which attention reads, and `others`, which run beside it or in the same launch."""
@@ -214,14 +247,12 @@ def _layer(
             "biases": [projection.bias[...].reshape(-1) for projection in projections if hasattr(projection, "bias")],
             "epsilon": norms[0].epsilon,
             "implementation": shared.implementation,
+            **shared.mesh.of_output(inputs),
         }
         if defers:
             residual, rows, moments = attention_norm_deferred(*arguments, **options)
             return residual, _Normed(rows, moments)
-        are_split = [shared.split[name] for name in inputs]
-        residual, rows, meeting = attention_norm(
-            *arguments, meeting=meeting, mesh=shared.mesh, are_split=are_split, **options
-        )
+        residual, rows, meeting = attention_norm(*arguments, meeting=meeting, **options)
         return residual, _Normed(rows)
 
     def up(normed: _Normed) -> Product:

@@ -27,6 +27,8 @@ class ForwardOptions:
       of a block but its input; "products", all but the results of a block's matrix products; "stage", in a pipeline,
       all that a stage does with a micro-batch, and no more of a block.
     num_remat_layers: how many layers, from the first on, that holds for; None: all.
+    sums: how the devices of a mesh add up what each has made in a step of decoding: "peers", by the kernels themselves,
+      in each other's memory (pallas_kernels/peers); "xla", by all-reduce; None: by the kernels where they can.
     concurrent: whether this is compiled so that what reads nothing of one another runs at the same time, as decoding is
       on one GPU (generate/programs.py). Attention may then run beside the MLP (beside.py).
     """
@@ -36,6 +38,7 @@ class ForwardOptions:
     stages: str | None = None
     remat: str = "none"
     num_remat_layers: int | None = None
+    sums: str | None = None
     concurrent: bool = False
 
     def __post_init__(self) -> None:
@@ -43,6 +46,8 @@ class ForwardOptions:
             raise ValueError(f"alibi={self.alibi!r} is unknown; known are 'float32' and 'hf_bf16'")
         if self.stages not in (None, "mosaic", "xla"):
             raise ValueError(f"stages={self.stages!r} is unknown; known are 'mosaic', 'xla' and None")
+        if self.sums not in (None, "peers", "xla"):
+            raise ValueError(f"sums={self.sums!r} is unknown; known are 'peers', 'xla' and None")
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r} is unknown; known are {', '.join(map(repr, REMAT))}")
 

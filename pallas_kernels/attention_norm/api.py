@@ -1,6 +1,7 @@
 """`attention_norm`: what models call. Checks the arguments, picks the implementation, runs it."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat, dispatch
 from pallas_kernels.attention_norm.meeting import meeting_size, new_meeting
 from pallas_kernels.attention_norm.reference import Norm, add_xla, attention_norm_xla
-from pallas_kernels.attention_norm.sharded import attention_norm_over
+from pallas_kernels.attention_norm.sharded import attention_norm_over, by_peers
+from pallas_kernels.peers import Addresses
 from pallas_kernels.quantized_matmul import deferred
 from pallas_kernels.quantized_matmul.product import (
     MAX_ROWS,
@@ -36,6 +38,8 @@ def attention_norm(
     meeting: Int[Array, " M"] | None = None,
     mesh: Mesh | None = None,
     are_split: Sequence[bool] = (),
+    peers: Addresses | None = None,
+    num_rows: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows D"], list[Float[Array, "*rows D"]], Int[Array, " M"]]:
     """What a layer's output projections add to the residual, and the layer norms that the next stage reads.
@@ -49,6 +53,9 @@ def attention_norm(
         same time could keep each other's blocks from the GPU for ever.
       mesh, are_split: None, or a mesh, and for each x whether it and its weight's inputs lie over the mesh's tensor
         axis. Each device adds up its part, rounded to x's dtype; the sum over the axis, residual and norms follow.
+      peers: None, or where the kernels of all devices find one another's memory (pallas_kernels/peers): they then make
+        the sum, in float32, and all that follows. Up to 64 rows, for which there is room; always by "mosaic".
+      num_rows: how many rows mean something, the first ones; of the others `peers` need not send anything. None: all.
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:
@@ -66,6 +73,8 @@ def attention_norm(
         raise ValueError(
             f"attention_norm: `meeting` holds {meeting.size} numbers; so many rows and outputs take {needed}"
         )
+    if peers is not None:
+        return _by_peers(xs, weights, biases, residual, norms, meeting, epsilon, mesh, are_split, peers, num_rows)
     if size_of(mesh) > 1:
         add = functools.partial(_add, num_outputs=residual.shape[-1], implementation=implementation)
         made = attention_norm_over(mesh, xs, weights, are_split, residual, norms, biases, epsilon, add)
@@ -91,9 +100,7 @@ def attention_norm(
         epsilon=epsilon,
     )  # fmt: skip
 
-    def back(x: Array) -> Array:
-        return x[: products[0].num_rows].reshape(residual.shape)
-
+    back = functools.partial(_back, num_rows=products[0].num_rows, shape=residual.shape)
     return back(out), [back(x) for x in normed], meeting
 
 
@@ -105,14 +112,18 @@ def attention_norm_deferred(
     *,
     biases: Sequence[Float[Array, " D"]] = (),
     epsilon: float,
+    mesh: Mesh | None = None,
+    are_split: Sequence[bool] = (),
+    peers: Addresses | None = None,
+    num_rows: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], deferred.Moments]:
     """`attention_norm` of up to 6 rows whose layer norms end in the `project` that reads them, so that no block of the
     kernel waits for another (quantized_matmul/deferred.py).
 
     Args:
-      xs, residual: R = 8 rows, of which the last two mean nothing; D a multiple of 64. One device's; all else as of
-        `attention_norm`.
+      xs, residual: R = 8 rows, of which the last two mean nothing; D a multiple of 64.
+      mesh: over several devices it takes `peers` too. All else as of `attention_norm`.
 
     Returns:
       The new residual [8, D]; for each norm the x [8, D] of a product of `project`; and that call's `moments`.
@@ -125,6 +136,10 @@ def attention_norm_deferred(
     if residual.ndim != 2 or residual.shape[0] != ROWS_AT_ONCE or residual.shape[1] % SIDE:
         wanted = f"{ROWS_AT_ONCE} rows of a multiple of {SIDE}"
         raise ValueError(f"attention_norm_deferred: a residual {residual.shape} should be {wanted}")
+    if peers is not None:
+        return _by_peers(xs, weights, biases, residual, norms, None, epsilon, mesh, are_split, peers, num_rows)
+    if size_of(mesh) > 1:
+        raise NotImplementedError(f"attention_norm_deferred: over {size_of(mesh)} devices it takes `peers`")
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
     if dispatch.choose("attention_norm_deferred", implementation, candidates) == "xla":
         out, _ = attention_norm_xla(xs, weights, biases, residual, [], epsilon)
@@ -133,6 +148,51 @@ def attention_norm_deferred(
     from pallas_kernels.attention_norm.mosaic import defer_norm_mosaic
 
     return defer_norm_mosaic(xs, weights, biases, residual, norms, epsilon=epsilon)
+
+
+def _by_peers(
+    xs: Sequence[Array],
+    weights: Sequence[Any],
+    biases: Sequence[Array],
+    residual: Array,
+    norms: Sequence[Norm],
+    meeting: Array | None,
+    epsilon: float,
+    mesh: Mesh | None,
+    are_split: Sequence[bool],
+    peers: Addresses,
+    num_rows: int | None,
+) -> Any:
+    """`attention_norm`, or where there is no `meeting` `attention_norm_deferred`, whose kernels make the sum too."""
+    from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic, defer_norm_mosaic
+    from pallas_kernels.peers.exchange import Exchange
+
+    D, given = residual.shape[-1], math.prod(residual.shape[:-1])
+    if peers.count != size_of(mesh) or peers.width != D or peers.num_rows < given + -given % ROWS_AT_ONCE:
+        room = f"{peers.num_rows} rows of {peers.width} on {peers.count} devices"
+        raise ValueError(f"attention_norm: mailboxes of {room} do not fit {given} of {D} on {size_of(mesh)}")
+    exchange = Exchange.of(peers, given if num_rows is None else num_rows)
+    rest = list(biases), in_eights(residual), [tuple(norm) for norm in norms], meeting
+
+    def on_device(xs: Sequence[Array], weights: Sequence[Any], table: Array, rest: Any) -> Any:
+        products = [Product(x, weight, D) for x, weight in zip(xs, weights, strict=True)]
+        dispatch.choose("attention_norm", "mosaic", {"mosaic": lambda: _sum_reason(products), "xla": lambda: None})
+        biases, residual, norms, meeting = rest
+        begin = list(map(in_eights, xs)), weights, biases, residual, norms
+        if meeting is None:
+            return defer_norm_mosaic(*begin, epsilon=epsilon, exchange=exchange, table=table)
+        return attention_norm_mosaic(*begin, meeting, epsilon=epsilon, exchange=exchange, table=table)
+
+    made = by_peers(mesh, xs, weights, are_split, peers, rest, on_device)
+    if meeting is None:
+        return made
+    out, normed, meeting = made
+    back = functools.partial(_back, num_rows=given, shape=residual.shape)
+    return back(out), [back(x) for x in normed], meeting
+
+
+def _back(x: Array, num_rows: int, shape: tuple[int, ...]) -> Array:
+    return x[:num_rows].reshape(shape)
 
 
 def _add(xs: Sequence[Array], weights: Sequence[Any], *, num_outputs: int, implementation: str | None) -> Array:

@@ -2,14 +2,12 @@
 
 That is, of each row of a tile, the mean and the sum of squared distances from it. Nobody waits at a counter and then
 reads what others have written, which takes two ways to the GPU's cache and back, and a fence. Numbers are read until
-they are there: each lies in a word of 64 bits with the number of its launch, and the GPU writes and reads such words
-whole. meeting.py says where.
+they are there (words.py). meeting.py says where.
 
 Launch n + 1 writes n + 1 into its words, and the count of launches when one block has seen those of all, which have
 read the count by then.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
+from pallas_kernels import words
 from pallas_kernels.attention_norm.meeting import HEADER
 from pallas_kernels.instructions import (
     REF,
@@ -30,7 +29,6 @@ from pallas_kernels.instructions import (
     inlined,
     integer,
     is_first_thread,
-    make,
     multiply,
     own_thread,
     scalar,
@@ -60,13 +58,7 @@ def publish(meeting: Any, mean: Any, squares: Any, *, tile: Any, width: int, lau
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, integer(0))):
             for i, numbers in enumerate(zip(mean.registers.flat, squares.registers.flat, strict=True)):
                 address = device_address(meeting, add(start, 8 * i * row_ints), 4)
-                ptx = """{
-                    .reg .b64 first, second;
-                    mov.b64 first, {$1, $3};
-                    mov.b64 second, {$2, $3};
-                    st.relaxed.gpu.global.v2.b64 [$0], {first, second};
-                }"""
-                do(ptx, address, *(element(register, 0) for register in numbers), launch)
+                words.put(address, [element(register, 0) for register in numbers], launch, scope="gpu")
 
     emit(meeting, mean, squares, jnp.int32(tile), launch)
 
@@ -91,7 +83,7 @@ def read(meeting: Any, first_row: int, *, width: int, launch: Any) -> tuple[Any,
                 places += [(address, i * TILE // 4 * 16) for i in range(4)]
                 is_whole = block + TILE <= num_tiles
                 lefts += [None if is_whole else arith.subi(integer(num_tiles - i), own) for i in range(4)]
-            numbers = _await(places, lefts, launch)
+            numbers = words.take(places, lefts, launch, scope="gpu")
             for i in range(0, len(numbers), 8):
                 for which in range(2):
                     parts[which].append(vector.from_elements(fours, numbers[i + which : i + 8 : 2]))
@@ -110,37 +102,6 @@ def end_launch(meeting: Any, launch: Any) -> None:
             do("st.relaxed.gpu.global.b32 [$0], $1;", device_address(meeting, integer(0), 4), scalar(launch))
 
     emit(meeting, launch)
-
-
-def _await(places: list[tuple[ir.Value, int]], lefts: list[ir.Value | None], launch: ir.Value) -> Sequence[ir.Value]:
-    """Reads two words at each place, address and offset, again and again until they hold the launch's number.
-
-    lefts: None, or what is above 0 where the place exists. The others' words are zero.
-    """
-    n = len(places)
-    inputs = [launch, *(address for address, _ in places), *(left for left in lefts if left is not None)]
-    operand = {value: f"${2 * n + i}" for i, value in enumerate(inputs)}
-    number = operand[launch]
-    lines = [".reg .pred p;", ".reg .b32 one, other, differs;", f".reg .b32 missing<{n}>;", f".reg .b64 word<{2 * n}>;"]
-    for i, left in enumerate(lefts):
-        lines.append(f"mov.b32 missing{i}, 1;")
-        if left is not None:
-            lines += [f"setp.gt.s32 p, {operand[left]}, 0;", f"selp.b32 missing{i}, 1, 0, p;"]
-            lines += [f"mov.b64 word{2 * i + which}, {{0, {number}}};" for which in range(2)]
-    lines.append("again:")  # those that are there already are not asked for again
-    for i, (address, offset) in enumerate(places):
-        words = f"{{word{2 * i}, word{2 * i + 1}}}"
-        lines.append(f"setp.ne.s32 p, missing{i}, 0;")
-        lines.append(f"@p ld.relaxed.gpu.global.v2.b64 {words}, [{operand[address]} + {offset}];")
-    lines.append("mov.b32 differs, 0;")
-    for i in range(n):
-        lines.append(f"mov.b64 {{${2 * i}, one}}, word{2 * i};")
-        lines.append(f"mov.b64 {{${2 * i + 1}, other}}, word{2 * i + 1};")
-        lines += [f"xor.b32 one, one, {number};", f"xor.b32 other, other, {number};"]
-        lines += [f"or.b32 missing{i}, one, other;", f"or.b32 differs, differs, missing{i};"]
-    lines += ["setp.ne.s32 p, differs, 0;", "@p bra again;"]
-    ptx = "{\n" + "\n".join(lines) + "\n}"
-    return make(ptx, *inputs, num_results=2 * n)
 
 
 def _own() -> tuple[ir.Value, ir.Value]:

@@ -14,6 +14,9 @@ Without norms (`add_mosaic`) there is nothing to meet for, nor where norms end i
 Where a GPU has more multiprocessors than a model has tiles, several blocks, a cluster, share out the inputs of a tile
 and bring what they come to to the first of them, which does the rest: with 8 rows through its shared memory (parts.py),
 with more through device memory.
+
+Where several devices share out the inputs (`exchange`), a tile is done when the parts of all have been added up, in
+memory that they write for each other (pallas_kernels/peers).
 """
 
 import dataclasses
@@ -32,6 +35,8 @@ from pallas_kernels import compat, sending
 from pallas_kernels.attention_norm import parts
 from pallas_kernels.attention_norm.moments import count_of_launches, end_launch, publish, read
 from pallas_kernels.hopper import fence_memory, store, wait_until_results_have_left
+from pallas_kernels.peers import exchange as exchanges
+from pallas_kernels.peers.exchange import Exchange
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments, padded_tiles
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.mosaic import parameters
@@ -58,10 +63,12 @@ def attention_norm_mosaic(
     *,
     epsilon: float,
     plan: Plan | None = None,
+    exchange: Exchange | None = None,
+    table: Int[Array, " E"] | None = None,
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, " M"]]:
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the array `meeting` for the next
-    launch."""
-    results, meeting = _run(xs, weights, biases, residual, norms, meeting, residual, epsilon, plan)
+    launch. exchange, table: None, or how this device adds up what all make, and its row of their `table`."""
+    results, meeting = _run(xs, weights, biases, residual, norms, meeting, residual, epsilon, plan, exchange, table)
     return results["out"], results["normed"], meeting
 
 
@@ -74,9 +81,11 @@ def defer_norm_mosaic(
     *,
     epsilon: float,
     plan: Plan | None = None,
+    exchange: Exchange | None = None,
+    table: Int[Array, " E"] | None = None,
 ) -> tuple[Float[Array, "8 D"], list[Float[Array, "8 D"]], Moments]:
-    """`attention_norm_deferred` by the kernel, for 8 rows."""
-    results, _ = _run(xs, weights, biases, residual, norms, None, residual, epsilon, plan)
+    """`attention_norm_deferred` by the kernel, for 8 rows. exchange, table: as of `attention_norm_mosaic`."""
+    results, _ = _run(xs, weights, biases, residual, norms, None, residual, epsilon, plan, exchange, table)
     return results["out"], results["normed"], Moments(results["moments"], epsilon)
 
 
@@ -96,19 +105,22 @@ def add_mosaic(
     return results["out"]
 
 
-def _run(xs, weights, biases, residual, norms, meeting, like: Any, epsilon: float, plan: Plan | None):
+def _run(
+    xs, weights, biases, residual, norms, meeting, like: Any, epsilon: float, plan: Plan | None,
+    exchange: Exchange | None = None, table: Array | None = None,
+):  # fmt: skip
     """What a launch makes, by name, and the array `meeting` for the next one. like: of the results' shape and dtype."""
     return _launch(
-        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting,
-        shape=jax.ShapeDtypeStruct(like.shape, like.dtype), epsilon=epsilon,
+        list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting, table,
+        shape=jax.ShapeDtypeStruct(like.shape, like.dtype), epsilon=epsilon, exchange=exchange,
         plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "plan", "num_sms", "interpretable"))
+@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "exchange", "plan", "num_sms", "interpretable"))
 def _launch(
-    xs, weights, biases, residual, norms, meeting,
-    *, shape: jax.ShapeDtypeStruct, epsilon: float,
+    xs, weights, biases, residual, norms, meeting, table,
+    *, shape: jax.ShapeDtypeStruct, epsilon: float, exchange: Exchange | None,
     plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
     num_rows, width = shape.shape
@@ -118,13 +130,14 @@ def _launch(
     if meets and not interpretable:
         check_all_run_at_once(launch, num_rows, len(norms), num_sms)
     settings = _Settings(
-        launch, num_rows, width, len(norms), len(biases), residual is not None, meets, epsilon, interpretable
+        launch, num_rows, width, len(norms), len(biases), residual is not None, meets, exchange, epsilon, interpretable
     )
     inputs = {
         "xs": list(xs),
         "weights": [arrays_of(weight) for weight in weights],
         "columns": [*biases, *(array for norm in norms for array in norm)],
         "residual": residual,
+        "table": table,
     }
     if meets and not interpretable:
         inputs["meeting"] = jax.new_ref(meeting)
@@ -202,6 +215,7 @@ class _Settings:
     num_biases: int
     has_residual: bool
     meets: bool  # or else its norms, if any, end in what reads them
+    exchange: Exchange | None
     epsilon: float
     interpretable: bool
 
@@ -232,6 +246,10 @@ class _Block:
         self.stream.begin()
         if self.meets_in_memory:
             self.launch_number = count_of_launches(self.arrays["meeting"]) + 1
+        if self.settings.exchange is not None:
+            tiles = range(self.settings.plan.width)
+            exchange, table = self.settings.exchange, self.arrays["table"]
+            self.exchanged = [exchanges.launch_of(exchange, table, self.tile(i)) for i in tiles]
         is_last = (self.warpgroup == 0) & (self.split == 0)
         if "ready" in self.smem:
             pl.when(is_last)(self.fetch_rest)
@@ -307,6 +325,9 @@ class _Block:
         """The tile of the new residual, and what the others must know of it."""
         settings = self.settings
         y = self.sums_of_all(i)
+        if settings.exchange is not None:
+            table, tile, launch = self.arrays["table"], self.tile(i), self.exchanged[i]
+            y = exchanges.add_up(settings.exchange, table, y, tile=tile, launch=launch)
         if i == 0 and "ready" in self.smem:
             plgpu.barrier_wait(self.smem["ready"])
         for j in range(settings.num_biases):

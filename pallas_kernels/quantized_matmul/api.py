@@ -61,7 +61,7 @@ def project(
     Args:
       products: weights of one form, all with as many inputs and rows.
       moments: None, or what `attention_norm_deferred` returned beside the rows that are the products' x: the layer norm
-        ends here. Of 8 rows the last two come out as anything. On one device alone.
+        ends here. Of 8 rows the last two come out as anything.
       num_sms: of the GPU's multiprocessors, how many the kernel of up to 64 rows may have; it leaves the others to what
         runs beside it. None for all.
       mesh: None, or one whose tensor axis the products' `is_split` is about. Each device makes its own outputs, and
@@ -75,17 +75,15 @@ def project(
     Raises:
       ValueError: a weight that does not fit its x, x that is not of these moments, no multiprocessor for the kernel, or
         an unknown `implementation`.
-      NotImplementedError: the named implementation cannot take these arguments; moments over several devices.
+      NotImplementedError: the named implementation cannot take these arguments.
     """
     for product in products:
         product.check("project")
     if moments is not None:
         deferred.check(products, moments)
     if size_of(mesh) > 1:
-        if moments is not None:
-            raise NotImplementedError(f"project: norms are not deferred over {size_of(mesh)} devices")
         on_device = functools.partial(project, num_sms=num_sms, implementation=implementation)
-        return project_over(mesh, products, on_device)
+        return project_over(mesh, products, moments, on_device)
     candidates = {"mosaic": lambda: _mosaic_reason(products, moments), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
     if dispatch.choose("project", implementation, candidates) == "xla":

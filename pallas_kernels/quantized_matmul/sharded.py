@@ -26,23 +26,26 @@ def size_of(mesh: Mesh | None) -> int:
 
 
 def project_over(
-    mesh: Mesh | None, products: Sequence[Product], project: Callable[[Sequence[Product]], list[Array]]
+    mesh: Mesh | None,
+    products: Sequence[Product],
+    moments: Any,
+    project: Callable[..., list[Array]],
 ) -> list[Array]:
-    """`project(products)`, each device on what it has of the weights, biases and slots."""
+    """`project(products, moments=moments)`, each device on what it has of the weights, biases and slots."""
     count = size_of(mesh)
 
-    def on_device(products: list[Product]) -> list[Array]:
+    def on_device(products: list[Product], moments: Any) -> list[Array]:
         own = [
             dataclasses.replace(product, num_outputs=product.num_outputs // count, is_split=False)
             if product.is_split
             else product
             for product in products
         ]
-        return project(own)
+        return project(own, moments=moments)
 
     inputs = [_input_layout(product) for product in products]
     outputs = [PartitionSpec(None, HEAD_AXIS) if product.is_split else WHOLE for product in products]
-    return on_all(on_device, mesh, (inputs,), outputs)(list(products))
+    return on_all(on_device, mesh, (inputs, WHOLE), outputs)(list(products), moments)
 
 
 def on_all(function: Callable[..., Any], mesh: Mesh | None, inputs: Any, outputs: Any) -> Callable[..., Any]:

@@ -13,7 +13,9 @@ from falcon_jax.generate import programs
 from falcon_jax.generate.engine import Engine
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.generate.state import Model
+from falcon_jax.model.peers import Peers
 from falcon_jax.model.step import ForwardOptions
+from pallas_kernels.peers import Addresses
 from tests import models
 from tests.compilations import count_compilations
 from tests.generate.runs import drain
@@ -23,7 +25,10 @@ CONFIG = models.tiny("falcon-40b-alibi", eos_token_ids=())
 CAPTURED, NOT_CAPTURED = (Model(CONFIG, ForwardOptions(), None, cuda_graphs) for cuda_graphs in (True, False))
 
 
-def scale(array: jax.Array, *, factor: int, model: Model) -> jax.Array:
+NO_PEERS = Peers(*[Addresses(jnp.zeros((1, 4), jnp.int32), 8, 64)] * 2)
+
+
+def scale(array: jax.Array, *, factor: int, model: Model, peers: Peers | None = None) -> jax.Array:
     assert model.config == CONFIG
     return array * factor
 
@@ -48,6 +53,9 @@ def test_loops_are_captured_whole_on_one_device_and_in_parts_over_a_mesh(monkeyp
     for model, option in ((CAPTURED, "xla_gpu_no_such_option"), (over_a_mesh, "xla_gpu_nor_this")):
         with pytest.raises(jax.errors.JaxRuntimeError, match=option):
             loop(jnp.ones(3), factor=2, model=model)
+    # Where kernels reach the other devices' memory nothing of a loop is XLA's to send, and it is one graph.
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        loop(jnp.ones(3), factor=2, model=over_a_mesh, peers=NO_PEERS)
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_no_such_option=x --xla_gpu_nor_this=5")
     chosen = programs.Program(scale, static_argnames="factor", loops=True)
     for model in (CAPTURED, over_a_mesh):

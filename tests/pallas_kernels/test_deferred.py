@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from falcon_jax import sharding
 from pallas_kernels import compat
 from pallas_kernels.attention_norm import attention_norm, attention_norm_deferred
 from pallas_kernels.attention_norm.mosaic import defer_norm_mosaic
@@ -132,8 +133,21 @@ def test_what_is_no_deferred_norm_is_refused(cpu_devices):
     with pytest.raises(NotImplementedError, match="it needs a Hopper GPU"):
         attention_norm_deferred(xs, weights, residual, norms, epsilon=EPSILON, implementation="mosaic")
     mesh = jax.make_mesh((2,), ("tensor",), devices=cpu_devices[:2])
-    with pytest.raises(NotImplementedError, match="norms are not deferred over 2 devices"):
-        project([Product(rows, w, 64)], moments=moments, mesh=mesh)
+    with pytest.raises(NotImplementedError, match="over 2 devices it takes `peers`"):
+        attention_norm_deferred(xs, weights, residual, norms, epsilon=EPSILON, mesh=mesh)
+
+
+def test_a_norm_ends_on_each_device_of_a_mesh_in_its_part_of_the_outputs(cpu_devices):
+    xs, weights, _, residual, norms = output_stage("native", (128,), 128, 1, 0)
+    _, (rows,), moments = attention_norm_deferred(xs, weights, residual, norms, epsilon=EPSILON, implementation="xla")
+    mesh = sharding.make_mesh(tensor=2, devices=cpu_devices)
+    product = Product(rows, weight(1, 128, 256, "native"), 256, normal(2, 256), "gelu", is_split=True)
+    expected = project([product], moments=moments, implementation="xla")[0]
+    found = jax.jit(lambda *given: project([given[0]], moments=given[1], mesh=mesh, implementation="xla")[0])(
+        product, moments
+    )
+    assert found.sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
+    np.testing.assert_allclose(found[:TOKENS].astype(np.float32), expected[:TOKENS].astype(np.float32), atol=0.02)
 
 
 def test_where_no_kernel_can_end_a_norm_none_is_deferred(monkeypatch):

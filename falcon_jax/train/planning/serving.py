@@ -64,7 +64,7 @@ def serve(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     leaves = model_params.flatten(model_params.abstract(config, jnp.dtype(dtype), weights))
-    where = sharding.params_sharding(leaves, mesh)
+    where = model_params.layouts(config, mesh, weights)
     slot = (rows, length, config.num_kv_heads, config.head_dim)
     cached = placed(slot, jnp.dtype(dtype), sharding.cache_sharding(slot, mesh))
     return ServingPlan(

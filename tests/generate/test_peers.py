@@ -1,0 +1,145 @@
+"""Decoding over devices whose kernels reach each other's memory: when it does, and what is compiled then."""
+
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from falcon_jax import sharding
+from falcon_jax.config import PRESETS
+from falcon_jax.errors import RequestError
+from falcon_jax.generate import engine as engines
+from falcon_jax.generate.engine import Engine
+from falcon_jax.generate.sampling import Sampling
+from falcon_jax.model import params as model_params
+from falcon_jax.model import peers
+from falcon_jax.model.peers import Peers
+from falcon_jax.model.step import ForwardOptions
+from pallas_kernels.peers import Addresses
+from tests import models
+from tests.generate.runs import drain
+from tests.pallas_kernels import hopper
+
+CONFIG = models.tiny("falcon-40b", eos_token_ids=())
+
+
+def make_engine(devices, sums=None, **axes):
+    mesh = sharding.make_mesh(**axes, devices=devices) if axes else None
+    params = model_params.init(CONFIG, jax.random.key(0), jnp.float32, mesh)
+    return Engine(CONFIG, params, ForwardOptions(sums=sums), mesh)
+
+
+def test_without_gpus_xla_adds_up_and_what_cannot_be_had_is_refused(cpu_devices):
+    plain, told, asked = (make_engine(cpu_devices, sums, tensor=2) for sums in (None, "xla", "peers"))
+    assert plain.peers(1) is None and told.peers(1) is None
+    with pytest.raises(RequestError, match="sums='peers' is not possible here: the kernels take bfloat16 and a width"):
+        asked.peers(1)
+    assert make_engine(cpu_devices).peers(1) is None
+    with pytest.raises(ValueError, match="sums='nccl' is unknown; known are 'peers', 'xla' and None"):
+        ForwardOptions(sums="nccl")
+    run = {"max_new_tokens": 5, "sampling": Sampling()}
+    assert drain(plain.start([[3, 1, 4]], **run)) == drain(told.start([[3, 1, 4]], **run))
+
+
+def test_who_can_take_part_and_why_not(cpu_devices):
+    mesh = sharding.make_mesh(tensor=2, devices=cpu_devices)
+    wide = PRESETS["falcon-40b"]
+
+    def reason(*given):
+        return str(peers.reason_against(*given))
+
+    assert "it needs a Hopper GPU" in reason(wide, jnp.dtype("bfloat16"), mesh, 1)
+    assert "not float32 and" in reason(wide, jnp.dtype("float32"), mesh, 1)
+    assert reason(wide, jnp.dtype("bfloat16"), mesh, 65) == "the kernels take up to 64 tokens a step, not 65"
+
+
+def test_memory_is_made_once_for_each_number_of_tokens_and_given_to_what_decodes(cpu_devices, monkeypatch):
+    made, given = [], []
+
+    def memory(config, mesh, num_tokens):
+        made.append((config.width, mesh.size, num_tokens))
+        table = jnp.zeros((2, 6), jnp.int32)
+        return types.SimpleNamespace(peers=Peers(*[Addresses(table, num_tokens, 64)] * 2))
+
+    def decode(*args, peers, **options):
+        given.append(peers.rows.num_rows)
+        return plain(*args, **options)
+
+    plain = engines.decode
+    monkeypatch.setattr(peers, "reason_against", lambda *_: None)
+    monkeypatch.setattr(peers, "Memory", memory)
+    monkeypatch.setattr(engines, "decode", decode)
+    engine = make_engine(cpu_devices, tensor=2)
+    for prompts in ([[1, 2]], [[3], [4, 5]], [[6]]):
+        drain(engine.start(prompts, max_new_tokens=40, sampling=Sampling()))
+    assert made == [(CONFIG.width, 2, 1), (CONFIG.width, 2, 2)]
+    assert given == [1, 1, 2, 2, 1, 1]
+
+
+# What two GPUs would be given, in a process that sees the compiler for one. XLA's dump there shows no kernel of ours in
+# a CUDA graph, which it does on a GPU.
+COMPILED_FOR_TWO_GPUS = """
+import dataclasses, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from falcon_jax import sharding
+from falcon_jax.config import PRESETS
+from falcon_jax.generate import programs
+from falcon_jax.generate.sampling import Sampling
+from falcon_jax.generate.state import DecodeState, Model
+from falcon_jax.model import params as model_params
+from falcon_jax.model.cache import KVCache
+from falcon_jax.model.peers import Peers
+from falcon_jax.model.step import ForwardOptions
+from pallas_kernels import compat
+from pallas_kernels.peers import Addresses
+from tests.pallas_kernels import hopper
+
+name, weights, batch = sys.argv[2], sys.argv[3], int(sys.argv[4])
+topology = topologies.get_topology_desc(platform="cuda", target_config=hopper.H100.read_text(), topology="1x1x2")
+mesh = sharding.make_mesh(tensor=2, devices=topology.devices)
+config = dataclasses.replace(PRESETS[name], num_layers=3, eos_token_ids=())
+
+def placed(leaf, layout):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+def rows(leaf):
+    rule = sharding.cache_sharding if leaf.ndim == 4 else sharding.batch_sharding
+    return placed(leaf, rule(leaf.shape, mesh))
+
+layouts = model_params.layouts(config, mesh, weights)
+leaves = model_params.flatten(model_params.abstract(config, jnp.bfloat16, weights))
+params = model_params.unflatten({path: placed(leaf, layouts[path]) for path, leaf in leaves.items()})
+cache = jax.eval_shape(lambda: KVCache.create(config, batch, 512, jnp.bfloat16))
+tokens, done = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.bool)
+state = jax.tree.map(rows, DecodeState(cache, tokens, done, None))
+table = jax.ShapeDtypeStruct((2, 6), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("tensor")))
+given = Peers(*(Addresses(table, 64, width) for width in (config.width, config.vocab_size // 2)))
+sampling = Sampling()
+rest = np.int32(1), np.zeros(batch, bool), None, sampling.values, np.array([-1], np.int32)
+for peers in (given, None):
+    model = Model(config, ForwardOptions(), mesh)
+    with compat.assume_capability(compat.HOPPER):
+        programs.decode.lower(params, state, *rest, peers=peers, model=model, kind=sampling.kind).compile()
+for path in sorted(Path(sys.argv[1]).glob("*jit_decode.thunk_sequence_after*")):
+    body = path.read_text().partition("body:")[2]
+    print(body.count(" kCustomCall "), any(word in body for word in ("kAllReduce", "kAllGather", "kCollective")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler runs on Linux")
+def test_with_peers_a_step_is_the_launches_of_one_device_and_no_collective(tmp_path):
+    environment = hopper._environment() | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
+    command = [sys.executable, "-c", COMPILED_FOR_TWO_GPUS, str(tmp_path), "falcon-40b-alibi", "int8", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=hopper.ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    # Three launches a layer, one for the token's vector and one for the logits.
+    with_peers, without = result.stdout.splitlines()[-2:]  # the compiler tells of kernels before
+    assert with_peers == "11 False"
+    assert without == "9 True"
