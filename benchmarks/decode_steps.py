@@ -18,11 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from benchmarks import training_profile
 from benchmarks.limits import Limit, Rates, Workload
-from falcon_jax import Falcon
+from benchmarks.several_jobs import half_dtype
+from falcon_jax import Falcon, sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.generate.engine import Engine
 from falcon_jax.generate.programs import decode
@@ -62,15 +64,17 @@ class StepCase:
 
 
 class Steps:
-    """A model with random weights in bfloat16, and its decoding compiled for some cases.
+    """A model with random weights in bfloat16, on one device or `tensor` of them, and its decoding compiled for some
+    cases.
 
     Attributes:
       load_s, compile_s: seconds of making the weights, and of a first call for each of the cases.
     """
 
-    def __init__(self, config: FalconConfig, weights: str, cases: Sequence[StepCase]):
+    def __init__(self, config: FalconConfig, weights: str, cases: Sequence[StepCase], tensor: int = 1):
         begin = time.perf_counter()
-        self.engine: Engine = Falcon.from_config(config, weights=weights).engine
+        mesh, dtype = (None, "bfloat16") if tensor == 1 else (sharding.make_mesh(tensor=tensor), half_dtype())
+        self.engine: Engine = Falcon.from_config(config, dtype=dtype, weights=weights, mesh=mesh).engine
         jax.block_until_ready(self.engine.params)
         self.load_s = time.perf_counter() - begin
         begin = time.perf_counter()
@@ -108,12 +112,19 @@ class Steps:
         sampling = Sampling()
         fixed = (None, sampling.values, NO_TOKEN)
         arguments = (self.engine.params, state, np.int32(num_steps), none_stopped, *fixed)
-        state, chunk = decode(*arguments, model=model, kind=sampling.kind)
+        peers = self.engine.peers(case.num_rows)
+        state, chunk = decode(*arguments, model=model, kind=sampling.kind, peers=peers)
         return state, chunk.tokens
 
     def _state(self, case: StepCase) -> DecodeState:
-        made = _random_state(self.engine, case)
-        return jax.device_put(made, jax.tree.leaves(self.engine.params)[0].sharding)
+        made, mesh = _random_state(self.engine, case), self.engine.model.mesh
+        if mesh is None:
+            return jax.device_put(made, jax.tree.leaves(self.engine.params)[0].sharding)
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, _layout(leaf, mesh)), made)
+
+
+def _layout(leaf: Array, mesh: Mesh) -> NamedSharding:
+    return (sharding.cache_sharding if leaf.ndim == 4 else sharding.batch_sharding)(leaf.shape, mesh)
 
 
 def _random_state(engine: Engine, case: StepCase) -> DecodeState:

@@ -31,6 +31,8 @@ class Arguments:
     """Forms of the weights."""
     rows: tuple[int, ...] = (1,)
     """Sequences at once."""
+    tensor: tuple[int, ...] = (1,)
+    """Devices that share out each model, by heads and the MLP's width."""
     num_layers: int | None = None
     """Of each model only so many layers; all if left out."""
     context: int = 4000
@@ -61,10 +63,12 @@ def main(arguments: Arguments) -> dict[str, Any]:
     for name in arguments.models:
         for weights in arguments.weights:
             command.say(f"{name} {weights}")
-            rates = limits.Rates(memory, flops_per_s=1.0)  # of products nothing is measured
-            document["cases"] += measure_model(name, config_of(name, arguments), weights, cases, rates, arguments.trace)
-            command.save(document, arguments.save)
-            gc.collect()
+            for tensor in arguments.tensor:
+                rates = limits.Rates(memory * tensor, flops_per_s=1.0)  # of products nothing is measured
+                shape = name, config_of(name, arguments), weights, tensor
+                document["cases"] += measure_model(*shape, cases, rates, arguments.trace)
+                command.save(document, arguments.save)
+                gc.collect()
     return document
 
 
@@ -76,13 +80,13 @@ def config_of(name: str, arguments: Arguments) -> Any:
 
 
 def measure_model(
-    name: str, config: Any, weights: str, cases: list[Any], rates: Any, trace: Path | None
+    name: str, config: Any, weights: str, tensor: int, cases: list[Any], rates: Any, trace: Path | None
 ) -> list[dict[str, Any]]:
     """A result a case, each printed; one with "failed" where the model cannot be made or compiled, or does not run."""
     from benchmarks import command, measure, training_profile
     from benchmarks.decode_steps import Steps
 
-    about = {"model": name, "num_layers": config.num_layers, "weights": weights}
+    about = {"model": name, "num_layers": config.num_layers, "weights": weights, "tensor": tensor}
     results = [about | dataclasses.asdict(case) for case in cases]
 
     def fail(result: dict[str, Any], error: Exception) -> None:
@@ -90,13 +94,14 @@ def measure_model(
         command.say(f"{name} {weights}: {result['failed']}")
 
     try:
-        steps = Steps(config, weights, cases)
+        steps = Steps(config, weights, cases, tensor)
     except Exception as error:
         for result in results:
             fail(result, error)
         return results
     for case, result in zip(cases, results, strict=True):
-        folder = None if trace is None else trace / training_profile.folder_name(f"{name} {weights} {case}")
+        described = f"{name} {weights} {tensor}" if tensor > 1 else f"{name} {weights}"
+        folder = None if trace is None else trace / training_profile.folder_name(f"{described} {case}")
         try:
             result |= steps.measure(case, folder)
         except Exception as error:
@@ -110,8 +115,9 @@ def measure_model(
 
 
 def lines(result: dict[str, Any], case: str) -> list[str]:
+    over = f" on {result['tensor']} devices" if result["tensor"] > 1 else ""
     made = [
-        f"{result['model']} {result['weights']} {case}: {result['ms_per_step']:.3f} ms a step, "
+        f"{result['model']} {result['weights']} {case}{over}: {result['ms_per_step']:.3f} ms a step, "
         f"{result['decode_tokens_per_s']:.1f} tokens/s, {result['share_of_read_limit']:.1%} of the read limit"
     ]
     for kernel in result.get("kernels", []):
@@ -131,6 +137,10 @@ def check(arguments: Arguments) -> None:
     command.check_known("weights", arguments.weights, WEIGHTS)
     if min(arguments.rows) < 1:
         raise RequestError(f"--rows is {arguments.rows}; each must be at least 1")
+    import jax
+
+    if not all(1 <= tensor <= len(jax.devices()) for tensor in arguments.tensor):
+        raise RequestError(f"--tensor is {arguments.tensor}; there are {len(jax.devices())} devices")
     for name, number in (("num-layers", arguments.num_layers), ("context", arguments.context)):
         if number is not None and number < 1:
             raise RequestError(f"--{name} is {number}; it must be at least 1")

@@ -75,6 +75,16 @@ def test_a_step_goes_on_from_a_cache_of_the_length_asked_for():
     assert limit.cache_bytes == cache_bytes(config, 2, 40 + case.new_tokens // 2, "bfloat16")
 
 
+def test_a_model_over_two_devices_is_measured_beside_one(call, cpu_devices):
+    code, out, err = call(*("--models", "falcon-rw-1b", "--num-layers", "1", "--context", "40", "--tensor", "1", "2"))
+    assert code == 0, err
+    *printed, last = out.splitlines()
+    one, two = json.loads(last)["cases"]
+    assert (one["tensor"], two["tensor"]) == (1, 2) and two["ms_per_step"] > 0
+    assert two["limit_ms_per_step"] < 0.6 * one["limit_ms_per_step"]
+    assert any("R=1 S=40 on 2 devices: " in line for line in printed)
+
+
 def test_kernels_are_added_up_by_kind():
     events = [Event("fusion_1", None, 3e3), Event("fusion_2", None, 5e3), Event("copy", None, 1e3)]
     assert decode_steps.kernels(events, 2) == [
@@ -89,6 +99,7 @@ def test_bad_arguments_are_named():
         ({"weights": ("int3",)}, "--weights int3 is unknown"),
         ({"rows": (0,)}, "at least 1"),
         ({"context": 0}, "--context is 0"),
+        ({"tensor": (1, 99)}, r"--tensor is \(1, 99\); there are"),
         ({"save": "a/b"}, "without a folder"),
     ]:
         with pytest.raises(RequestError, match=message):
