@@ -115,17 +115,7 @@ def input_launch(
     for weight, num_outputs in zip(weights, outputs, strict=True):
         operands.append(Operand(form, inputs_of(weight), num_outputs, num_tiles))
         num_tiles += operands[-1].num_tiles
-    return Launch(tuple(operands), plan, blocks_with_equal_turns(-(-num_tiles // plan.width), num_sms))
-
-
-def blocks_with_equal_turns(num_sets: int, num_sms: int) -> int:
-    """As few blocks as need no more turns than one on each multiprocessor would.
-
-    Where some had a turn less, too few would be left in the last one to keep memory busy; and fewer that all work to
-    the end read as fast.
-    """
-    turns = -(-num_sets // num_sms)
-    return -(-num_sets // turns)
+    return Launch(tuple(operands), plan, min(num_sms, -(-num_tiles // plan.width)))
 
 
 def output_launch(
