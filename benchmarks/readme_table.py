@@ -199,7 +199,14 @@ ROWS = (
         "seed-alibi-h200.json",
     ),
     Row(
-        "the first of these with weights of 8 bits; 4 bits",
+        "60,000 tokens: first token; decode; peak memory",
+        "{results.falcon_jax.first_token_ms/1000:.1f} s; {results.falcon_jax.decode_tokens_per_s:.0f} tokens/s; "
+        "{results.falcon_jax.peak_gib:.1f} GiB",
+        "",
+        "long-60000-h200.json",
+    ),
+    Row(
+        "four rows of 4,000 tokens with weights of 8 bits; 4 bits: peak memory",
         f"{{{PEAK_INT8}:.1f}}; {{{PEAK_INT4}:.1f}} GiB",
         "",
         "peaks-quantized-h200.json",
@@ -219,10 +226,12 @@ ROWS = (
         "start-up-falcon-7b-h200.json",
     ),
     Row(
-        "falcon-40b-alibi's shape, 16 layers in bf16, over two H200: decode after 4,000 tokens, one row; sixteen",
-        "{runs.2.results.0.decode_tokens_per_s:.0f}; {runs.2.results.1.decode_tokens_per_s:,.0f} tokens/s",
-        "",
-        "several-2-h200.json",
+        "falcon-40b-alibi's over two H200: one row; sixteen, bf16; 8 bits",
+        "{runs.13.cases.0.decode_tokens_per_s:.0f}; {runs.13.cases.1.decode_tokens_per_s:,.0f} tokens/s; "
+        "{runs.13.cases.2.decode_tokens_per_s:.0f}; {runs.13.cases.3.decode_tokens_per_s:,.0f}",
+        "one of them {runs.11.cases.0.decode_tokens_per_s:.0f}; {runs.11.cases.1.decode_tokens_per_s:,.0f}; "
+        "{runs.12.cases.0.decode_tokens_per_s:.0f}; {runs.12.cases.1.decode_tokens_per_s:,.0f}",
+        "decoding-h200.json",
     ),
     Row(
         "training all of falcon-7b over two H200, 2,048 tokens: by 6 N and a GPU's 989 TFLOP/s",

@@ -22,7 +22,7 @@ from falcon_jax.generate.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
-    """What CUDA graphs hold. sums: as of ForwardOptions; cuda_graphs: as of `Falcon.from_config`."""
+    """What CUDA graphs hold. sums, cuda_graphs: as of `Falcon.from_config`."""
 
     sums: str | None = None
     xla_flags: str = ""
@@ -58,15 +58,8 @@ class OverMesh(measure.Contestant):
     sums: str | None = None
 
     def load(self) -> measure.OurRunner:
-        model = Falcon.from_config(self.config, dtype=self.dtype, weights=self.weights, mesh=self.layout.mesh())
-        set_sums(model, self.sums)
-        return measure.OurRunner(model)
-
-
-def set_sums(model: Falcon, sums: str | None) -> None:
-    """As of ForwardOptions."""
-    options = dataclasses.replace(model.engine.model.options, sums=sums)
-    model.engine.model = model.engine.model._replace(options=options)
+        options = {"dtype": self.dtype, "weights": self.weights, "sums": self.sums}
+        return measure.OurRunner(Falcon.from_config(self.config, mesh=self.layout.mesh(), **options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +129,8 @@ class Graphs(Job):
 
     def run(self, say: Say) -> Iterator[Result]:
         chosen = GRAPHS[self.captured]
-        graphs = chosen.cuda_graphs
-        model = Falcon.from_config(self.config, dtype=half_dtype(), mesh=self.layout.mesh(), cuda_graphs=graphs)
-        set_sums(model, chosen.sums)
+        options = {"dtype": half_dtype(), "sums": chosen.sums, "cuda_graphs": chosen.cuda_graphs}
+        model = Falcon.from_config(self.config, mesh=self.layout.mesh(), **options)
         model.engine.eos_token_ids = np.array([-1], np.int32)  # no id: nothing ends early
         prompt = Workload(1, GRAPH_PROMPT_TOKENS, self.num_steps).prompts(self.config).tolist()
         generation = model.engine.start(prompt, max_new_tokens=self.num_steps + 1, sampling=Sampling())

@@ -87,6 +87,7 @@ class Falcon:
         *,
         mesh: Mesh | None = None,
         alibi: str = "float32",
+        sums: str | None = None,
         cuda_graphs: bool = True,
         max_cache_tokens: int | None = None,
         max_cache_bytes: int | None = None,
@@ -96,7 +97,7 @@ class Falcon:
         self.engine = Engine(
             config,
             params,
-            ForwardOptions(alibi=alibi),
+            ForwardOptions(alibi=alibi, sums=sums),
             mesh,
             max_cache_tokens=max_cache_tokens,
             max_cache_bytes=max_cache_bytes,
@@ -119,6 +120,7 @@ class Falcon:
         mesh: Mesh | None = None,
         memory_budget: int | str | None = None,
         alibi: str = "float32",
+        sums: str | None = None,
         cuda_graphs: bool = True,
         max_cache_tokens: int | None = None,
         verify: bool = True,
@@ -138,8 +140,11 @@ class Falcon:
           memory_budget: the most that weights and cache may take on a device, in bytes or as in "68GiB".
             Weights and one row of the trained length must fit; requests get what is left.
           alibi: "float32", or "hf_bf16" for the rounding of transformers. Models with RoPE do not read it.
+          sums: what adds up, in a step of decoding, what the GPUs of a mesh have made: "peers", our kernels in each
+            other's memory; "xla", an all-reduce; None: the kernels where they can. The same but for rounding.
           cuda_graphs: on a GPU XLA captures kernels that follow one another in CUDA graphs. False launches each by
-            itself, to look for a driver's fault or at single kernels; decoding may be slower, and gives the same.
+            itself, to look for a driver's fault or at single kernels; decoding may be slower, and gives the same but
+            for rounding.
           max_cache_tokens: most tokens of a row, prompt and new ones; None: 8 times the trained length, at
             least 32768. The memory must hold them, whatever is said here.
           verify: compares an orbax checkpoint's arrays with their checksums.
@@ -147,11 +152,11 @@ class Falcon:
         Raises:
           CheckpointError: the path is no checkpoint, or one that does not fit its configuration.
           ConfigError: its configuration cannot be read.
-          ValueError: `weights`, `alibi` or `memory_budget` is not one of the above, or the budget is too
+          ValueError: `weights`, `alibi`, `sums` or `memory_budget` is not one of the above, or the budget is too
             small.
         """
         require_weights(weights)
-        options = ForwardOptions(alibi=alibi)  # before a long load: an unknown alibi raises here
+        options = ForwardOptions(alibi=alibi, sums=sums)  # before a long load: what is unknown raises here
         source = BUNDLED_MODEL if path is None else path
         cache_limit = None
         if memory_budget is not None:
@@ -166,6 +171,7 @@ class Falcon:
             None if tokenizer_folder is None else Tokenizer.from_folder(tokenizer_folder),
             mesh=mesh,
             alibi=options.alibi,
+            sums=options.sums,
             cuda_graphs=cuda_graphs,
             max_cache_tokens=max_cache_tokens,
             max_cache_bytes=cache_limit,
@@ -182,6 +188,7 @@ class Falcon:
         mesh: Mesh | None = None,
         tokenizer: Tokenizer | None = None,
         alibi: str = "float32",
+        sums: str | None = None,
         cuda_graphs: bool = True,
         max_cache_tokens: int | None = None,
     ) -> "Falcon":
@@ -198,6 +205,7 @@ class Falcon:
             tokenizer,
             mesh=mesh,
             alibi=alibi,
+            sums=sums,
             cuda_graphs=cuda_graphs,
             max_cache_tokens=max_cache_tokens,
         )

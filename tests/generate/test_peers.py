@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from falcon_jax import sharding
+from falcon_jax import Falcon, sharding
 from falcon_jax.config import PRESETS
 from falcon_jax.errors import RequestError
 from falcon_jax.generate import engine as engines
@@ -40,6 +40,9 @@ def test_without_gpus_xla_adds_up_and_what_cannot_be_had_is_refused(cpu_devices)
     assert make_engine(cpu_devices).peers(1) is None
     with pytest.raises(ValueError, match="sums='nccl' is unknown; known are 'peers', 'xla' and None"):
         ForwardOptions(sums="nccl")
+    with pytest.raises(ValueError, match="sums='nccl' is unknown"):
+        Falcon.from_checkpoint(sums="nccl")
+    assert Falcon.from_config(CONFIG, sums="xla").engine.model.options.sums == "xla"
     run = {"max_new_tokens": 5, "sampling": Sampling()}
     assert drain(plain.start([[3, 1, 4]], **run)) == drain(told.start([[3, 1, 4]], **run))
 
@@ -87,7 +90,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from falcon_jax import sharding
+from falcon_jax import Falcon, sharding
 from falcon_jax.config import PRESETS
 from falcon_jax.generate import programs
 from falcon_jax.generate.sampling import Sampling
