@@ -118,7 +118,8 @@ def lines(result: dict[str, Any], case: str) -> list[str]:
     over = f" on {result['tensor']} devices" if result["tensor"] > 1 else ""
     made = [
         f"{result['model']} {result['weights']} {case}{over}: {result['ms_per_step']:.3f} ms a step, "
-        f"{result['decode_tokens_per_s']:.1f} tokens/s, {result['share_of_read_limit']:.1%} of the read limit"
+        f"{result['decode_tokens_per_s']:.1f} tokens/s, {result['share_of_read_limit']:.1%} of the read limit "
+        f"({result['ahead_ms_per_step']:.3f} ms where calls do not wait for one another)"
     ]
     for kernel in result.get("kernels", []):
         made.append(

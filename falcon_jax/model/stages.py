@@ -9,7 +9,7 @@ Heads of 64 are rotated by the input stage, which also puts keys and values wher
 tokens norms begin in the output stage and end in the input stage after it.
 
 Over the tensor axis of a mesh each device works on its heads and its part of the MLP's width. Where kernels reach the
-other devices' memory (pallas_kernels/peers.py), the output stage adds up what all have made, and the launches are those
+other devices' memory (pallas_kernels/peers), the output stage adds up what all have made, and the launches are those
 of one device; else it ends before the sum, which XLA makes, and norms follow that.
 
 Rows are the tokens of all sequences, one after the other, filled up to a multiple of 8 with rows that mean nothing:

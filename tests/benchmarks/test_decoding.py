@@ -76,12 +76,12 @@ def test_a_step_goes_on_from_a_cache_of_the_length_asked_for():
 
 
 def test_a_model_over_two_devices_is_measured_beside_one(call, cpu_devices):
-    code, out, err = call(*("--models", "falcon-rw-1b", "--num-layers", "1", "--context", "40", "--tensor", "1", "2"))
+    code, out, err = call(*("--models", "falcon-nano", "--num-layers", "2", "--context", "40", "--tensor", "1", "2"))
     assert code == 0, err
     *printed, last = out.splitlines()
     one, two = json.loads(last)["cases"]
     assert (one["tensor"], two["tensor"]) == (1, 2) and two["ms_per_step"] > 0
-    assert two["limit_ms_per_step"] < 0.6 * one["limit_ms_per_step"]
+    assert two["limit_ms_per_step"] < one["limit_ms_per_step"]
     assert any("R=1 S=40 on 2 devices: " in line for line in printed)
 
 

@@ -1,5 +1,7 @@
 """Where weights of few bits lie on a mesh: as the native ones, heads whole, wherever whole tiles allow it."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +18,10 @@ from pallas_kernels.sharded import HEAD_AXIS
 PART = "layers.0."
 
 
+def one_layer(name):
+    return dataclasses.replace(PRESETS[name], num_layers=1)
+
+
 def uses_tensor(layout):
     return any(HEAD_AXIS in axes for axes in sharding.axes_by_dimension(layout.spec))
 
@@ -24,7 +30,7 @@ def uses_tensor(layout):
 @pytest.mark.parametrize("tensor", [2, 4, 8])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_head_is_never_cut_and_what_is_split_has_whole_tiles(name, tensor, weights, cpu_devices):
-    config, mesh = PRESETS[name], sharding.make_mesh(tensor=tensor, devices=cpu_devices)
+    config, mesh = one_layer(name), sharding.make_mesh(tensor=tensor, devices=cpu_devices)
     leaves = model_params.flatten(model_params.abstract(config, jnp.bfloat16))
     found = model_params.layouts(config, mesh, weights)
     assert found.keys() == model_params.flatten(model_params.abstract(config, jnp.bfloat16, weights)).keys()
@@ -49,7 +55,7 @@ def test_a_head_is_never_cut_and_what_is_split_has_whole_tiles(name, tensor, wei
 @pytest.mark.parametrize("name", ["falcon-40b-alibi", "falcon-7b", "falcon-40b", "falcon-rw-1b", "falcon-180b"])
 def test_the_kernels_take_every_form_over_two_devices(name, weights, cpu_devices):
     """One key head of 128 is two tiles, and 71 heads of 64 fill no even number of groups: both stay on each device."""
-    config, mesh = PRESETS[name], sharding.make_mesh(tensor=2, devices=cpu_devices)
+    config, mesh = one_layer(name), sharding.make_mesh(tensor=2, devices=cpu_devices)
     params = model_params.abstract(config, jnp.bfloat16, weights)
     with compat.assume_capability(compat.HOPPER):
         decoder = model_params.bind(config, params, ForwardOptions(), mesh)

@@ -50,6 +50,10 @@ def test_who_has_no_mailboxes_is_told_why(cpu_devices, monkeypatch):
         patch.setattr(compat, "interpreting", lambda: True)
         assert "interpreted" in reason()
     monkeypatch.setattr(memory, "_all_reach_each_other", lambda ordinals: False)
+    with monkeypatch.context() as patch, compat.assume_capability(compat.HOPPER):
+        patch.setattr(jax, "__version_info__", (0, 12, 0))
+        assert "jax 0.12" in reason()
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     with compat.assume_capability(compat.HOPPER):
         monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
         assert peers.reason_against(two) == "these GPUs do not reach each other's memory"
