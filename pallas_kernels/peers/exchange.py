@@ -6,7 +6,7 @@ What adds up is added in the order of the devices, so that all come to the same 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -82,8 +82,8 @@ def add_up(exchange: Exchange, table: Any, y: Any, *, tile: Any, launch: Any) ->
 
     @inlined(REF, ROWS, SCALAR, SCALAR, return_type=out)
     def emit(_, table, y, tile, launch):
-        parts = _swap(exchange, table, y, scalar(tile), scalar(launch), integer(0))
-        return _fragmented(y, [[functools.reduce(arith.addf, of_all) for of_all in zip(*rows)] for rows in parts])
+        sums = _swap(exchange, table, y, scalar(tile), scalar(launch), integer(0), _sum)
+        return _fragmented(y, sums)
 
     return emit(table, y, jnp.int32(tile), launch)
 
@@ -97,16 +97,27 @@ def swap(exchange: Exchange, table: Any, y: Any, *, tile: Any, launch: Any, eigh
 
     @inlined(REF, ROWS, SCALAR, SCALAR, SCALAR, return_type=[out] * exchange.count)
     def emit(_, table, y, tile, launch, eighth):
-        (of_all,) = _swap(exchange, table, y, scalar(tile), scalar(launch), scalar(eighth))
+        (of_all,) = _swap(exchange, table, y, scalar(tile), scalar(launch), scalar(eighth), list)
         return [_fragmented(y, [numbers]) for numbers in of_all]
 
     return emit(table, y, jnp.int32(tile), launch, jnp.int32(eighth))
 
 
+def _sum(of_all: Sequence[Sequence[ir.Value]]) -> list[ir.Value]:
+    return [functools.reduce(arith.addf, numbers) for numbers in zip(*of_all, strict=True)]
+
+
 def _swap(
-    exchange: Exchange, table: ir.Value, y: Any, tile: ir.Value, launch: ir.Value, eighth: ir.Value
-) -> list[list[Sequence[ir.Value]]]:
-    """For each 8 rows of y, of which the first are `eighth`, and each device, a thread's four numbers."""
+    exchange: Exchange,
+    table: ir.Value,
+    y: Any,
+    tile: ir.Value,
+    launch: ir.Value,
+    eighth: ir.Value,
+    combine: Callable[[Sequence[Sequence[ir.Value]]], list[Any]],
+) -> list[list[Any]]:
+    """For each 8 rows of y, of which the first are `eighth`, what `combine` makes of a thread's four numbers of each
+    device, before it waits for those of the next 8 rows."""
     own_row, fours = arith.divui(own_thread(), integer(16)), arith.remui(own_thread(), integer(16))
     first_column = add(multiply(tile, TILE), multiply(fours, 4))
     half = multiply(arith.andi(launch, integer(1)), exchange.count)
@@ -126,7 +137,7 @@ def _swap(
             numbers = [element(register, k) for k in range(4)]
             for mailbox in mailboxes:
                 words.put(place(mailbox, rank, row), numbers, launch, scope="sys")
-    made: list[list[Sequence[ir.Value]]] = []
+    made = []
     for row in rows:
         left = None if exchange.num_rows % ROWS_AT_ONCE == 0 else arith.subi(end, row)
         of_all: list[Sequence[ir.Value]] = []
@@ -135,7 +146,7 @@ def _swap(
             places = [(place(own_mailbox, j, row), at) for j in devices for at in (0, 2 * words.WORD_BYTES)]
             numbers = words.take(places, [left] * len(places), launch, scope="sys")
             of_all += [numbers[j : j + 4] for j in range(0, len(numbers), 4)]
-        made.append(of_all)
+        made.append(combine(of_all))
     # All threads have read the count by now, and sent what it says.
     mgpu.utils.warpgroup_barrier()
     with mgpu.utils.when(is_first_thread()):
