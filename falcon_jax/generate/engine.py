@@ -150,11 +150,11 @@ class Engine:
         seen, history, first = results(lowered)
         begin = (self.params, DecodeState(cache, cache.lengths, first.done, seen, history), np.int32(0))
         done, left = np.zeros(num_samples, bool), np.zeros(num_samples, np.int32)
+        options = static | {"kind": kind, "peers": None}  # by name and as `_decode` gives them, or they compile again
         if num_drafted:
-            static |= {"num_drafted": num_drafted}
-            yield decode_drafted.lower(*begin, done, left, keys, *fixed, **static, kind=kind)
+            yield decode_drafted.lower(*begin, done, left, keys, *fixed, num_drafted=num_drafted, **options)
         else:
-            yield decode.lower(*begin, done, keys, *fixed, **static, kind=kind)
+            yield decode.lower(*begin, done, keys, *fixed, **options)
 
     def plan(self, longest_prompt: int, num_prompts: int, max_new_tokens: int) -> tuple[list[int], int]:
         """The sizes of the prefill calls, and the cache's capacity."""

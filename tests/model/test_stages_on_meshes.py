@@ -77,7 +77,9 @@ def test_what_kernels_do_not_take_on_a_mesh_is_said(cpu_devices):
     assert reason("falcon-40b", data=2, tensor=2) == "of a mesh it takes the tensor axis alone"
     assert "up to 64 tokens" in str(reason("falcon-40b", num_tokens=65, tensor=2))
     assert "it takes multiples of 64" in str(reason("falcon-40b", tensor=2, head_dim=8))
-    # Four tiles of outputs split over four devices, the two heads of 128 that they are do not.
-    assert "heads do not lie over 4 devices as their weights do" in str(
-        reason("falcon2-11b", "int8", tensor=4, head_dim=128)
+    # Four tiles of outputs stay together where the two heads of 128 that they are do.
+    assert reason("falcon2-11b", "int8", tensor=4, head_dim=128) is None
+    # Two heads of 32 split over two devices, the tile that they are does not.
+    assert "heads do not lie over 2 devices as their weights do" in str(
+        reason("falcon2-11b", "int8", tensor=2, head_dim=32)
     )
