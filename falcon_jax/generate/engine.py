@@ -61,7 +61,7 @@ class Engine:
         self.max_cache_tokens = max_cache_tokens
         self.max_cache_bytes = max_cache_bytes
         self.dtype: jnp.dtype = params["embed"]["weight"].dtype
-        self._memories: dict[int, peers.Memory] = {}  # by the tokens of a step
+        self._memories: dict[int, peers.Memory] = {}  # by the rows that they have room for
         # Never empty, so that a model without an end-of-text token needs no code of its own.
         self.eos_token_ids = np.array(config.eos_token_ids or (-1,), np.int32)
 
@@ -178,9 +178,10 @@ class Engine:
             if sums is not None:
                 raise RequestError(f"sums={sums!r} is not possible here: {reason}")
             return None
-        if num_tokens not in self._memories:
-            self._memories[num_tokens] = peers.Memory(self.model.config, mesh, num_tokens)
-        return self._memories[num_tokens].peers
+        num_rows = batching.round_up(num_tokens, peers.ROWS_AT_ONCE)
+        if num_rows not in self._memories:
+            self._memories[num_rows] = peers.Memory(self.model.config, mesh, num_rows)
+        return self._memories[num_rows].peers
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_samples: int

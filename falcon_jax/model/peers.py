@@ -15,6 +15,9 @@ from falcon_jax.config import FalconConfig
 from pallas_kernels import peers
 from pallas_kernels.peers import Addresses, Mailboxes
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, size_of
+from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE
+
+__all__ = ["ROWS_AT_ONCE", "Memory", "Peers", "reason_against"]
 
 
 @jax.tree_util.register_dataclass
@@ -30,14 +33,14 @@ class Memory:
     """The mailboxes of a model over a mesh; it must live as long as a program that was given `peers` may run.
 
     Args:
-      num_tokens: the most tokens of a step, of all sequences.
+      num_rows: the most tokens of a step, of all sequences; a multiple of ROWS_AT_ONCE.
 
     Raises:
       NotImplementedError: `reason_against` says why.
     """
 
-    def __init__(self, config: FalconConfig, mesh: Mesh, num_tokens: int):
-        self._mailboxes = [Mailboxes(mesh, num_tokens, width) for width in (config.width, _share(config, mesh))]
+    def __init__(self, config: FalconConfig, mesh: Mesh, num_rows: int):
+        self._mailboxes = [Mailboxes(mesh, num_rows, width) for width in (config.width, _share(config, mesh))]
         self.peers = Peers(*(mailboxes.addresses for mailboxes in self._mailboxes))
 
 
