@@ -11,8 +11,9 @@ so nothing is ever set back:
     [eighth][tile]                               how often these 8 rows of a tile have been exchanged: int32
     [launch % 2][device][row][column] as words   what that device made, beside the launch's number (words.py)
 
-A launch that exchanges all rows of a tile at once counts in the first eighth alone. Two halves are enough. A device is
-in launch n + 2 when all have been sent what others made in n + 1, and nobody sends that before its launch n has ended.
+A launch that exchanges all rows of a tile at once counts in the first eighth alone. Two halves are enough: a device
+begins launch n + 2, which writes where launch n did, when it has what all made in n + 1, and nobody sends that before
+its own launch n has ended, in which it read what lay there.
 
 The trap: a program that is compiled for several devices must run on all of them, and all its launches in the same
 order, which jitted programs of one host thread do.
