@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from benchmarks import training_profile
@@ -132,11 +131,7 @@ class Steps:
         made, mesh = _random_state(self.engine, case), self.engine.model.mesh
         if mesh is None:
             return jax.device_put(made, jax.tree.leaves(self.engine.params)[0].sharding)
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, _layout(leaf, mesh)), made)
-
-
-def _layout(leaf: Array, mesh: Mesh) -> NamedSharding:
-    return (sharding.cache_sharding if leaf.ndim == 4 else sharding.batch_sharding)(leaf.shape, mesh)
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding.rows_sharding(leaf.shape, mesh)), made)
 
 
 def _random_state(engine: Engine, case: StepCase) -> DecodeState:

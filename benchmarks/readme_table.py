@@ -199,14 +199,14 @@ ROWS = (
         "seed-alibi-h200.json",
     ),
     Row(
-        "60,000 tokens: first token; decode; peak memory",
+        "the same, one of 60,000 tokens: first token; decode; peak memory",
         "{results.falcon_jax.first_token_ms/1000:.1f} s; {results.falcon_jax.decode_tokens_per_s:.0f} tokens/s; "
         "{results.falcon_jax.peak_gib:.1f} GiB",
         "",
         "long-60000-h200.json",
     ),
     Row(
-        "four rows of 4,000 tokens with weights of 8 bits; 4 bits: peak memory",
+        "the same, four rows of 4,000 tokens with weights of 8 bits; 4 bits: peak memory",
         f"{{{PEAK_INT8}:.1f}}; {{{PEAK_INT4}:.1f}} GiB",
         "",
         "peaks-quantized-h200.json",

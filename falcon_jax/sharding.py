@@ -145,6 +145,11 @@ def cache_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     return fitting(shape, mesh, PartitionSpec(BATCH_AXES, None, HEAD_AXIS, None))
 
 
+def rows_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Of what decoding carries from step to step: cache arrays, which alone have four axes, or others of rows."""
+    return (cache_sharding if len(shape) == 4 else batch_sharding)(shape, mesh)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -67,9 +67,19 @@ def shared_address(ref: ir.Value) -> ir.Value:
 
 def device_address(ref: ir.Value, index: ir.Value, item_bytes: int) -> ir.Value:
     """int64, of an element of an array in device memory, which is taken as flat. index: int32, not negative."""
+    return at(memory_address(ref), index, item_bytes)
+
+
+def memory_address(ref: ir.Value) -> ir.Value:
+    """int64, of an array in device memory."""
+    return llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(ref))
+
+
+def at(address: ir.Value, index: ir.Value, item_bytes: int, offset: int = 0) -> ir.Value:
+    """address + index x item_bytes + offset: int64. index: int32, not negative."""
     i64 = ir.IntegerType.get_signless(64)
-    offset = arith.muli(arith.extui(i64, index), mgpu.c(item_bytes, i64))
-    return arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)), offset)
+    address = arith.addi(address, arith.muli(arith.extui(i64, index), mgpu.c(item_bytes, i64)))
+    return arith.addi(address, mgpu.c(offset, i64)) if offset else address
 
 
 def do(ptx: str, *operands: ir.Value, predicate: ir.Value | None = None) -> None:

@@ -30,6 +30,7 @@ from falcon_jax.model.cache import KVCache
 from falcon_jax.model.params import Params
 from falcon_jax.model.peers import Peers
 from falcon_jax.model.step import ForwardOptions
+from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE
 
 
 class Engine:
@@ -178,7 +179,7 @@ class Engine:
             if sums is not None:
                 raise RequestError(f"sums={sums!r} is not possible here: {reason}")
             return None
-        num_rows = batching.round_up(num_tokens, peers.ROWS_AT_ONCE)
+        num_rows = batching.round_up(num_tokens, ROWS_AT_ONCE)
         if num_rows not in self._memories:
             self._memories[num_rows] = peers.Memory(self.model.config, mesh, num_rows)
         return self._memories[num_rows].peers

@@ -316,8 +316,6 @@ def _lay_out(tree, mesh: Mesh | None):
         return tree
 
     def pin(array: Array) -> Array:
-        # Cache arrays alone have four axes.
-        rule = sharding.cache_sharding if array.ndim == 4 else sharding.batch_sharding
-        return jax.lax.with_sharding_constraint(array, rule(array.shape, mesh))
+        return jax.lax.with_sharding_constraint(array, sharding.rows_sharding(array.shape, mesh))
 
     return jax.tree.map(pin, tree)

@@ -15,9 +15,6 @@ from falcon_jax.config import FalconConfig
 from pallas_kernels import peers
 from pallas_kernels.peers import Addresses, Mailboxes
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, size_of
-from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE
-
-__all__ = ["ROWS_AT_ONCE", "Memory", "Peers", "reason_against"]
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +30,7 @@ class Memory:
     """The mailboxes of a model over a mesh; it must live as long as a program that was given `peers` may run.
 
     Args:
-      num_rows: the most tokens of a step, of all sequences; a multiple of ROWS_AT_ONCE.
+      num_rows: the most tokens of a step, of all sequences; rounded up to a multiple of 8.
 
     Raises:
       NotImplementedError: `reason_against` says why.

@@ -54,7 +54,7 @@ def attention_norm(
       mesh, are_split: None, or a mesh, and for each x whether it and its weight's inputs lie over the mesh's tensor
         axis. Each device adds up its part, rounded to x's dtype; the sum over the axis, residual and norms follow.
       peers: None, or where the kernels of all devices find one another's memory (pallas_kernels/peers): they then make
-        the sum, in float32, and all that follows. Up to 64 rows, for which there is room; always by "mosaic".
+        the sum, in float32, and all that follows. Up to 64 rows, for which there is room; by "mosaic" alone.
       num_rows: how many rows mean something, the first ones; of the others `peers` need not send anything. None: all.
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
@@ -74,7 +74,9 @@ def attention_norm(
             f"attention_norm: `meeting` holds {meeting.size} numbers; so many rows and outputs take {needed}"
         )
     if peers is not None:
-        return _by_peers(xs, weights, biases, residual, norms, meeting, epsilon, mesh, are_split, peers, num_rows)
+        return _by_peers(
+            xs, weights, biases, residual, norms, meeting, epsilon, mesh, are_split, peers, num_rows, implementation
+        )
     if size_of(mesh) > 1:
         add = functools.partial(_add, num_outputs=residual.shape[-1], implementation=implementation)
         made = attention_norm_over(mesh, xs, weights, are_split, residual, norms, biases, epsilon, add)
@@ -137,7 +139,9 @@ def attention_norm_deferred(
         wanted = f"{ROWS_AT_ONCE} rows of a multiple of {SIDE}"
         raise ValueError(f"attention_norm_deferred: a residual {residual.shape} should be {wanted}")
     if peers is not None:
-        return _by_peers(xs, weights, biases, residual, norms, None, epsilon, mesh, are_split, peers, num_rows)
+        return _by_peers(
+            xs, weights, biases, residual, norms, None, epsilon, mesh, are_split, peers, num_rows, implementation
+        )
     if size_of(mesh) > 1:
         raise NotImplementedError(f"attention_norm_deferred: over {size_of(mesh)} devices it takes `peers`")
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
@@ -162,6 +166,7 @@ def _by_peers(
     are_split: Sequence[bool],
     peers: Addresses,
     num_rows: int | None,
+    implementation: str | None,
 ) -> Any:
     """`attention_norm`, or where there is no `meeting` `attention_norm_deferred`, whose kernels make the sum too."""
     from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic, defer_norm_mosaic
@@ -176,7 +181,8 @@ def _by_peers(
 
     def on_device(xs: Sequence[Array], weights: Sequence[Any], table: Array, rest: Any) -> Any:
         products = [Product(x, weight, D) for x, weight in zip(xs, weights, strict=True)]
-        dispatch.choose("attention_norm", "mosaic", {"mosaic": lambda: _sum_reason(products), "xla": lambda: None})
+        candidates = {"mosaic": lambda: _sum_reason(products), "xla": lambda: "with `peers` kernels add up"}
+        dispatch.choose("attention_norm", implementation or "mosaic", candidates)
         biases, residual, norms, meeting = rest
         begin = list(map(in_eights, xs)), weights, biases, residual, norms
         if meeting is None:

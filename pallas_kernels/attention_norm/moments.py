@@ -11,7 +11,6 @@ read the count by then.
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -30,12 +29,11 @@ from pallas_kernels.instructions import (
     integer,
     is_first_thread,
     multiply,
-    own_thread,
     scalar,
 )
 from pallas_kernels.quantized_matmul.deferred import padded_tiles
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.rows import ROWS
+from pallas_kernels.quantized_matmul.rows import ROWS, of_registers, own_place
 
 _AT_ONCE = 2 * TILE  # tiles that a thread's asks for are under way at the same time
 _PER_ROW = ROWS.reduce(1)
@@ -53,7 +51,7 @@ def publish(meeting: Any, mean: Any, squares: Any, *, tile: Any, width: int, lau
     @inlined(REF, _PER_ROW, _PER_ROW, SCALAR, SCALAR)
     def emit(_, meeting, mean, squares, tile, launch):
         tile, launch = scalar(tile), scalar(launch)
-        row, column = _own()
+        row, column = own_place()
         start = add(multiply(row, row_ints), multiply(_place_of(tile), 4), HEADER)
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, integer(0))):
             for i, numbers in enumerate(zip(mean.registers.flat, squares.registers.flat, strict=True)):
@@ -71,7 +69,7 @@ def read(meeting: Any, first_row: int, *, width: int, launch: Any) -> tuple[Any,
     @inlined(REF, SCALAR, return_type=[out, out])
     def emit(_, meeting, launch):
         launch = scalar(launch)
-        row, column = _own()
+        row, column = own_place()
         start = add(multiply(row, row_ints), HEADER + first_row * row_ints)
         fours = ir.VectorType.get((4,), ir.F32Type.get())
         parts: list[list[ir.Value]] = [[], []]
@@ -87,7 +85,7 @@ def read(meeting: Any, first_row: int, *, width: int, launch: Any) -> tuple[Any,
             for i in range(0, len(numbers), 8):
                 for which in range(2):
                     parts[which].append(vector.from_elements(fours, numbers[i + which : i + 8 : 2]))
-        return [_fragmented(part, shape) for part in parts]
+        return [of_registers(part, shape) for part in parts]
 
     means, squares = emit(meeting, launch)
     return means, squares
@@ -104,20 +102,8 @@ def end_launch(meeting: Any, launch: Any) -> None:
     emit(meeting, launch)
 
 
-def _own() -> tuple[ir.Value, ir.Value]:
-    """The row that a thread has in ROWS, and of its columns the first, counted in fours."""
-    return arith.divui(own_thread(), integer(16)), arith.remui(own_thread(), integer(16))
-
-
 def _place_of(tile: ir.Value) -> ir.Value:
     """As meeting.py has it."""
     within = arith.remui(tile, integer(TILE))
     every_fourth = multiply(arith.remui(within, integer(4)), TILE // 4)
     return add(arith.subi(tile, within), every_fourth, arith.divui(within, integer(4)))
-
-
-def _fragmented(registers: list[ir.Value], shape: tuple[int, int]) -> Any:
-    layout = ROWS.to_mgpu()
-    made = np.empty(layout.registers_shape(shape), dtype=object)
-    made.flat[:] = registers
-    return mgpu.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)

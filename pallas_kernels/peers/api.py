@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.peers.memory import Addresses
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE
+from pallas_kernels.quantized_matmul.product import in_eights
 
 
 def add_rows(x: Float[Array, "rows D"], table: Int[Array, " E"], addresses: Addresses) -> Float[Array, "rows D"]:
@@ -27,7 +27,7 @@ def add_rows(x: Float[Array, "rows D"], table: Int[Array, " E"], addresses: Addr
     from pallas_kernels.peers.exchange import Exchange
     from pallas_kernels.peers.kernels import add_kernel
 
-    return add_kernel(_in_eights(x), table, Exchange.of(addresses, x.shape[0]))[: x.shape[0]]
+    return add_kernel(in_eights(x), table, Exchange.of(addresses, x.shape[0]))[: x.shape[0]]
 
 
 def gather_columns(x: Float[Array, "rows W"], table: Int[Array, " E"], addresses: Addresses) -> Float[Array, "rows nW"]:
@@ -45,15 +45,11 @@ def gather_columns(x: Float[Array, "rows W"], table: Int[Array, " E"], addresses
     from pallas_kernels.peers.kernels import gather_kernel
 
     rows, width = x.shape
-    padded = jnp.pad(_in_eights(x), ((0, 0), (0, -width % TILE)))
+    padded = jnp.pad(in_eights(x), ((0, 0), (0, -width % TILE)))
     made = gather_kernel(padded, table, Exchange.of(addresses, rows))[:rows]
     if padded.shape[1] == width:
         return made
     return made.reshape(rows, addresses.count, -1)[:, :, :width].reshape(rows, -1)
-
-
-def _in_eights(x: Array) -> Array:
-    return jnp.pad(x, ((0, -x.shape[0] % ROWS_AT_ONCE), (0, 0)))
 
 
 def _require_room(name: str, x: Any, addresses: Addresses) -> None:

@@ -10,30 +10,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import words
 from pallas_kernels.instructions import (
     REF,
     SCALAR,
     add,
+    at,
     do,
     element,
     inlined,
     integer,
     is_first_thread,
+    memory_address,
     multiply,
-    own_thread,
     scalar,
 )
 from pallas_kernels.peers.memory import Addresses, words_begin
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE
-from pallas_kernels.quantized_matmul.rows import ROWS
+from pallas_kernels.quantized_matmul.rows import ROWS, of_registers, own_place
 
 _AT_ONCE = 4  # devices whose tiles a thread waits for at the same time
 
@@ -83,7 +83,7 @@ def add_up(exchange: Exchange, table: Any, y: Any, *, tile: Any, launch: Any) ->
     @inlined(REF, ROWS, SCALAR, SCALAR, return_type=out)
     def emit(_, table, y, tile, launch):
         sums = _swap(exchange, table, y, scalar(tile), scalar(launch), integer(0), _sum)
-        return _fragmented(y, sums)
+        return _array(y, sums)
 
     return emit(table, y, jnp.int32(tile), launch)
 
@@ -98,7 +98,7 @@ def swap(exchange: Exchange, table: Any, y: Any, *, tile: Any, launch: Any, eigh
     @inlined(REF, ROWS, SCALAR, SCALAR, SCALAR, return_type=[out] * exchange.count)
     def emit(_, table, y, tile, launch, eighth):
         (of_all,) = _swap(exchange, table, y, scalar(tile), scalar(launch), scalar(eighth), list)
-        return [_fragmented(y, [numbers]) for numbers in of_all]
+        return [_array(y, [numbers]) for numbers in of_all]
 
     return emit(table, y, jnp.int32(tile), launch, jnp.int32(eighth))
 
@@ -118,7 +118,7 @@ def _swap(
 ) -> list[list[Any]]:
     """For each 8 rows of y, of which the first are `eighth`, what `combine` makes of a thread's four numbers of each
     device, before it waits for those of the next 8 rows."""
-    own_row, fours = arith.divui(own_thread(), integer(16)), arith.remui(own_thread(), integer(16))
+    own_row, fours = own_place()
     first_column = add(multiply(tile, TILE), multiply(fours, 4))
     half = multiply(arith.andi(launch, integer(1)), exchange.count)
     rank, own_mailbox = _rank(table), _own_mailbox(table)
@@ -127,7 +127,7 @@ def _swap(
     def place(mailbox: ir.Value, device: ir.Value | int, row: ir.Value) -> ir.Value:
         rows = add(multiply(add(half, device), exchange.capacity), row)
         index = add(multiply(rows, exchange.width), first_column)
-        return _at(mailbox, index, words.WORD_BYTES, words_begin(exchange.capacity, exchange.width))
+        return at(mailbox, index, words.WORD_BYTES, words_begin(exchange.capacity, exchange.width))
 
     registers = list(y.registers.flat)
     rows = [add(own_row, multiply(add(eighth, i), ROWS_AT_ONCE)) for i in range(len(registers))]
@@ -154,23 +154,23 @@ def _swap(
     return made
 
 
-def _fragmented(like: Any, numbers: Sequence[Sequence[ir.Value]]) -> Any:
-    """An array of registers as `like` has them, from a thread's four numbers of every eighth row."""
-    made = np.empty_like(like.registers)
-    for i, register in enumerate(like.registers.flat):
-        made.flat[i] = vector.from_elements(register.type, list(numbers[i]))
-    return mgpu.FragmentedArray(_registers=made, _layout=ROWS.to_mgpu(), _is_signed=None)
+def _array(y: Any, numbers: Sequence[Sequence[ir.Value]]) -> Any:
+    """As large as y, from a thread's four numbers of every eighth row."""
+    fours = y.registers.flat[0].type
+    return of_registers([vector.from_elements(fours, list(some)) for some in numbers], y.shape)
 
 
 def _rank(table: ir.Value) -> ir.Value:
     i32 = ir.IntegerType.get_signless(32)
-    return mgpu.utils.inline_ptx("ld.global.nc.b32 $0, [$1];", _address(table), result_types=i32)
+    return mgpu.utils.inline_ptx("ld.global.nc.b32 $0, [$1];", memory_address(table), result_types=i32)
 
 
 def _mailbox(table: ir.Value, device: ir.Value) -> ir.Value:
     """int64: its address."""
     i64 = ir.IntegerType.get_signless(64)
-    return mgpu.utils.inline_ptx("ld.global.nc.b64 $0, [$1];", _at(_address(table), device, 8, 8), result_types=i64)
+    return mgpu.utils.inline_ptx(
+        "ld.global.nc.b64 $0, [$1];", at(memory_address(table), device, 8, 8), result_types=i64
+    )
 
 
 def _own_mailbox(table: ir.Value) -> ir.Value:
@@ -178,15 +178,4 @@ def _own_mailbox(table: ir.Value) -> ir.Value:
 
 
 def _count_address(exchange: Exchange, mailbox: ir.Value, tile: ir.Value, eighth: ir.Value) -> ir.Value:
-    return _at(mailbox, add(multiply(eighth, exchange.width // TILE), tile), 4, 0)
-
-
-def _address(ref: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(ref))
-
-
-def _at(address: ir.Value, index: ir.Value, item_bytes: int, offset: int) -> ir.Value:
-    """address + index x item_bytes + offset; index: int32, not negative."""
-    i64 = ir.IntegerType.get_signless(64)
-    bytes_in = arith.muli(arith.extui(i64, index), mgpu.c(item_bytes, i64))
-    return arith.addi(arith.addi(address, bytes_in), mgpu.c(offset, i64))
+    return at(mailbox, add(multiply(eighth, exchange.width // TILE), tile), 4, 0)

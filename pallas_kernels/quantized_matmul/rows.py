@@ -1,5 +1,6 @@
 """Tiles of a few rows in registers, as what comes after the products has them, and what a layer norm knows of a row."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,9 +8,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import vector
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.instructions import element, inlined, make
+from pallas_kernels.instructions import element, inlined, integer, make, own_thread
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 
 
@@ -21,6 +23,19 @@ def _by_rows(num_outputs: int) -> Any:
 # [8 rows, 64 outputs]: a warp has two rows, a thread four outputs of one. And of half as many, two.
 ROWS, HALF_ROWS = _by_rows(TILE), _by_rows(TILE // 2)
 PER_OUTPUT = ROWS.reduce(0)
+
+
+def own_place() -> tuple[ir.Value, ir.Value]:
+    """In emitted code: the row that a thread has in ROWS, and of its columns the first, counted in fours."""
+    return arith.divui(own_thread(), integer(16)), arith.remui(own_thread(), integer(16))
+
+
+def of_registers(registers: Sequence[ir.Value], shape: tuple[int, int]) -> Any:
+    """In emitted code: a float32 array as ROWS, of what a thread has of it in order."""
+    layout = ROWS.to_mgpu()
+    made = np.empty(layout.registers_shape(shape), dtype=object)
+    made.flat[:] = registers
+    return mgpu.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)
 
 
 def load(ref: Any, layout: Any = ROWS) -> Any:

@@ -76,6 +76,10 @@ def test_what_has_no_room_is_refused(cpu_devices):
     mesh = sharding.make_mesh(tensor=2, devices=cpu_devices)
     with pytest.raises(ValueError, match="mailboxes of 8 rows of 128 on 2 devices do not fit 16 of 128 on 2"):
         attention_norm([x], [w], x, [(norm, norm)], epsilon=1e-5, mesh=mesh, are_split=[True], peers=room)
+    some = [x[:8]], [w], x[:8], [(norm, norm)]
+    with pytest.raises(NotImplementedError, match="with `peers` kernels add up"):
+        options = {"mesh": mesh, "are_split": [True], "peers": room, "implementation": "xla"}
+        jax.eval_shape(lambda *given: attention_norm(*given, epsilon=1e-5, **options)[0], *some)
 
 
 # Devices, rows, rows that mean something, width, inputs, form.

@@ -94,7 +94,7 @@ def test_output_stages_that_add_up_over_devices(mesh, width, form, rows, num_row
     plain_out, plain_normed, _ = jax.jit(stage)(*arguments)
     exact_arguments = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments)
     exact_arguments = (exact_arguments[0], weights, *exact_arguments[2:])
-    exact_out, exact_normed, _ = jax.jit(functools.partial(stage))(*exact_arguments)
+    exact_out, exact_normed, _ = jax.jit(stage)(*exact_arguments)
     require_close(out, plain_out, exact_out)
     require_close(normed, plain_normed, exact_normed)
 
