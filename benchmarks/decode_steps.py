@@ -3,10 +3,11 @@
 A prompt of 4,000 tokens takes longer to compile and to run than all that follows; what a step takes does not depend on
 what the cache holds, only on how much.
 
-The trap: each call makes the rows longer. The limit counts the cache at its mean length over all calls.
+The trap: each call makes the rows longer. The limit counts the cache at its mean length over the calls that are timed.
 """
 
 import concurrent.futures
+import copy
 import dataclasses
 import functools
 import statistics
@@ -25,13 +26,14 @@ from benchmarks.limits import Limit, Rates, Workload
 from benchmarks.several_jobs import half_dtype
 from falcon_jax import Falcon, sharding
 from falcon_jax.config import FalconConfig
-from falcon_jax.generate.engine import Engine
-from falcon_jax.generate.programs import decode
+from falcon_jax.generate.engine import Engine, Generation, Options
 from falcon_jax.generate.sampling import Sampling
-from falcon_jax.generate.state import CHUNK, DecodeState
+from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Request, Rows
 from falcon_jax.model.cache import KVCache
 
-NUM_CALLS = 5
+# Calls that are not timed: where arrays lie is new to the graphs, and the first that goes ahead waits for nobody.
+NUM_FIRST_CALLS = 2
+NUM_CALLS = 6
 NUM_TRACED_STEPS = 4
 NUM_KERNELS = 12
 # Programs compiled at a time: a machine's cores are enough, its memory may not be.
@@ -51,20 +53,14 @@ class StepCase:
         return f"R={self.num_rows} S={self.context_tokens}" + ("" if self.cuda_graphs else " without CUDA graphs")
 
     @property
-    def new_tokens(self) -> int:
-        """Of a row, in all calls that are waited for."""
-        return CHUNK * (1 + NUM_CALLS)
-
-    @property
     def most_tokens(self) -> int:
-        """That a row gets in all."""
-        return self.new_tokens + CHUNK * NUM_CALLS + NUM_TRACED_STEPS
+        """That a row gets, in calls that are timed and others."""
+        return CHUNK * (NUM_FIRST_CALLS + NUM_CALLS + 1)
 
     def limit(self, config: FalconConfig, weights: str, rates: Rates) -> Limit:
-        """`rates` may lack that of products."""
-        return Limit.of(
-            config, Workload(self.num_rows, self.context_tokens, self.new_tokens), "bfloat16", weights, rates
-        )
+        """Of the calls that are timed. `rates` may lack that of products."""
+        timed = Workload(self.num_rows, self.context_tokens + CHUNK * NUM_FIRST_CALLS, CHUNK * NUM_CALLS)
+        return Limit.of(config, timed, "bfloat16", weights, rates)
 
 
 class Steps:
@@ -83,55 +79,53 @@ class Steps:
         self.load_s = time.perf_counter() - begin
         begin = time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(NUM_COMPILERS) as pool:
-            list(pool.map(lambda case: jax.block_until_ready(self._call(case, self._state(case), 1)[1]), cases))
+            list(pool.map(lambda case: self.generation(case).next_chunk(1), cases))
         self.compile_s = time.perf_counter() - begin
 
     def measure(self, case: StepCase, trace: Path | None = None) -> dict[str, Any]:
-        """Milliseconds a step, of each call and their median, and where nobody waits for a call before the next begins;
-        with a folder for a trace, kernels as well."""
-        state = self._state(case)
-        seconds = []
-        for _ in range(1 + NUM_CALLS):
-            begin = time.perf_counter()
-            state, tokens = self._call(case, state, CHUNK)
-            jax.block_until_ready(tokens)
-            seconds.append(time.perf_counter() - begin)
-        ms = [1e3 * second / CHUNK for second in seconds[1:]]
-        begin = time.perf_counter()
-        for _ in range(NUM_CALLS):
-            state, tokens = self._call(case, state, CHUNK)
-        jax.block_until_ready(tokens)
-        ms_ahead = 1e3 * (time.perf_counter() - begin) / CHUNK / NUM_CALLS
-        ms_per_step = statistics.median(ms)
+        """Milliseconds a step, of each call and their median; and where the host reads one call before it begins the
+        next, as it does for text that a string may end. With a folder for a trace, kernels as well."""
+        ahead, waited = (self._calls_ms(self.generation(case, ahead=ahead)) for ahead in (True, False))
+        ms_per_step = statistics.median(ahead)
         found: dict[str, Any] = {
             "ms_per_step": ms_per_step,
             "decode_tokens_per_s": 1e3 * case.num_rows / ms_per_step,
-            "calls_ms_per_step": [round(x, 5) for x in ms],
-            "ahead_ms_per_step": ms_ahead,
+            "calls_ms_per_step": [round(x, 5) for x in ahead],
+            "waiting_ms_per_step": statistics.median(waited),
         }
         if trace is not None:
-            file = training_profile.record(
-                lambda: jax.block_until_ready(self._call(case, state, NUM_TRACED_STEPS)[1]), trace
-            )
+            generation = self.generation(case)
+            file = training_profile.record(lambda: generation.next_chunk(NUM_TRACED_STEPS), trace)
             found["kernels"] = kernels(training_profile.read(file), NUM_TRACED_STEPS)
         return found
 
-    def _call(self, case: StepCase, state: DecodeState, num_steps: int) -> tuple[DecodeState, Array]:
-        """The state that follows, `state` being donated, and the tokens of up to CHUNK steps."""
-        model = self.engine.model._replace(cuda_graphs=case.cuda_graphs and self.engine.model.cuda_graphs)
-        none_stopped = np.zeros(case.num_rows, bool)
-        sampling = Sampling()
-        fixed = (None, sampling.values, NO_TOKEN)
-        arguments = (self.engine.params, state, np.int32(num_steps), none_stopped, *fixed)
-        peers = self.engine.peers(case.num_rows)
-        state, chunk = decode(*arguments, model=model, kind=sampling.kind, peers=peers)
-        return state, chunk.tokens
-
-    def _state(self, case: StepCase) -> DecodeState:
-        made, mesh = _random_state(self.engine, case), self.engine.model.mesh
+    def generation(self, case: StepCase, *, ahead: bool = False) -> Generation:
+        """A run of random tokens after a cache of random keys and values, the call that makes no token behind it."""
+        engine = copy.copy(self.engine)
+        engine.model = engine.model._replace(cuda_graphs=case.cuda_graphs and engine.model.cuda_graphs)
+        mesh, sampling = engine.model.mesh, Sampling()
+        state, request = _random_state(engine, case), Request(jnp.int32(CHUNK), jnp.zeros(case.num_rows, bool))
         if mesh is None:
-            return jax.device_put(made, jax.tree.leaves(self.engine.params)[0].sharding)
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding.rows_sharding(leaf.shape, mesh)), made)
+            state, request = jax.device_put((state, request), jax.tree.leaves(engine.params)[0].sharding)
+        else:
+
+            def place(leaf: Array) -> Array:
+                return jax.device_put(leaf, sharding.rows_sharding(leaf.shape, mesh))
+
+            state, request = jax.tree.map(place, (state, request))
+        options = Options(case.num_rows, case.most_tokens, sampling.kind, 0, ahead)
+        generation = Generation(engine, state, request, (None, *jax.device_put((sampling.values, NO_TOKEN))), options)
+        generation.next_chunk(1)
+        return generation
+
+    def _calls_ms(self, generation: Generation) -> list[float]:
+        """Milliseconds a step of each of the calls that are timed."""
+        seconds = []
+        for _ in range(NUM_FIRST_CALLS + NUM_CALLS):
+            begin = time.perf_counter()
+            generation.next_chunk()
+            seconds.append(time.perf_counter() - begin)
+        return [1e3 * second / CHUNK for second in seconds[NUM_FIRST_CALLS:]]
 
 
 def _random_state(engine: Engine, case: StepCase) -> DecodeState:
@@ -142,7 +136,9 @@ def _random_state(engine: Engine, case: StepCase) -> DecodeState:
     lengths = jnp.full(case.num_rows, case.context_tokens, jnp.int32)
     num_layers = len(empty.keys)
     cache = KVCache(tuple(filled[:num_layers]), tuple(filled[num_layers:]), lengths)
-    return DecodeState(cache, jnp.arange(case.num_rows, dtype=jnp.int32), jnp.zeros(case.num_rows, bool), None)
+    tokens = jnp.arange(case.num_rows, dtype=jnp.int32)
+    rows = Rows(tokens, jnp.zeros(case.num_rows, bool), jnp.full_like(tokens, case.most_tokens))
+    return DecodeState(cache, rows, Chunk.empty(case.num_rows))
 
 
 @functools.partial(jax.jit, donate_argnums=1)

@@ -119,7 +119,7 @@ def lines(result: dict[str, Any], case: str) -> list[str]:
     made = [
         f"{result['model']} {result['weights']} {case}{over}: {result['ms_per_step']:.3f} ms a step, "
         f"{result['decode_tokens_per_s']:.1f} tokens/s, {result['share_of_read_limit']:.1%} of the read limit "
-        f"({result['ahead_ms_per_step']:.3f} ms where calls do not wait for one another)"
+        f"({result['waiting_ms_per_step']:.3f} ms where each call waits until the last is read)"
     ]
     for kernel in result.get("kernels", []):
         made.append(

@@ -60,7 +60,7 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^\w.=-]+", "_", text).strip("_")
 
 
-def record(run: Callable[[], None], folder: Path) -> Path:
+def record(run: Callable[[], object], folder: Path) -> Path:
     """Traces a call; returns the trace's file, below `folder`, as TensorBoard and XProf find it."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # Python's own calls would outnumber everything else

@@ -185,4 +185,5 @@ def generation_programs(
         sampling,
         request.get("num_samples", 1),
         request.get("speculate", 0),
+        ahead=not request.get("stop"),  # as Falcon.generate does
     )

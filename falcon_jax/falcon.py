@@ -312,6 +312,7 @@ class Falcon:
             num_samples=num_samples,
             seed=seed,
             num_drafted=speculate,
+            ahead=not stops,  # of a row that a stop string ends a whole call would be in vain
         )
         texts = [RowText(self.tokenizer, stops, self.config.eos_token_ids) for _ in range(run.num_rows)]
         logprob_rows: list[list[float]] = [[] for _ in texts]
@@ -379,6 +380,7 @@ class Falcon:
             sampling=sampling,
             seed=seed,
             num_drafted=speculate,
+            ahead=not stops,
         )
         text = RowText(self.tokenizer, stops, self.config.eos_token_ids)
         return TextStream(start, text, self._prompt_text(prompt, rows, 0) if return_full_text else "")

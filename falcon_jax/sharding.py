@@ -146,7 +146,9 @@ def cache_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
 
 def rows_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Of what decoding carries from step to step: cache arrays, which alone have four axes, or others of rows."""
+    """Of what decoding carries from step to step: cache arrays, which alone have four axes, other rows, or scalars."""
+    if not shape:
+        return replicated(mesh)
     return (cache_sharding if len(shape) == 4 else batch_sharding)(shape, mesh)
 
 

@@ -135,6 +135,15 @@ def test_streaming_stops_where_generating_does(model):
     assert len(stopped.logprobs) == len(stopped.token_ids) < 40
 
 
+def test_calls_begin_ahead_unless_a_stop_string_may_end_a_row(model, monkeypatch):
+    start, began = model.engine.start, []
+    monkeypatch.setattr(model.engine, "start", lambda *rows, **how: began.append(how["ahead"]) or start(*rows, **how))
+    for stop in ((), ("x",)):
+        [completion] = model.generate(PROMPTS[0], max_new_tokens=40, stop=stop)
+        assert "".join(model.stream(PROMPTS[0], max_new_tokens=40, stop=stop)) == completion.text
+    assert began == [True, True, False, False]
+
+
 def test_a_stopped_row_leaves_the_others_alone(model, completions):
     stop = completions[0].text[3:6]
     stopped = model.generate(PROMPTS, max_new_tokens=40, stop=stop)

@@ -7,30 +7,44 @@ its batch mates.
 The trap: everything that changes from call to call (prompts, lengths, number of steps, sampling values,
 seeds) is traced or padded to a bucket; a Python value that slips into a jitted function costs a compilation a
 call.
-Letters: B batch, T query tokens, D width, V vocabulary.
+Letters: B batch, T query tokens, D width, V vocabulary, E end-of-text tokens.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from falcon_jax import sharding
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import RequestError
 from falcon_jax.generate import batching, limits, speculate
-from falcon_jax.generate.programs import all_logits, decode, decode_drafted, first_token, prefill, repeat_rows
-from falcon_jax.generate.sampling import Sampling, row_keys
-from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model
+from falcon_jax.generate.programs import (
+    all_logits,
+    ask,
+    copy_made,
+    decode,
+    decode_drafted,
+    first_token,
+    prefill,
+    repeat_rows,
+)
+from falcon_jax.generate.sampling import Sampling, SamplingKind, SamplingValues, row_keys
+from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model, Request
 from falcon_jax.model import peers
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.params import Params
 from falcon_jax.model.peers import Peers
 from falcon_jax.model.step import ForwardOptions
 from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE
+
+# Of a call of `decode`: its chunk, and which rows are done.
+type Made = tuple[Chunk, Bool[Array, " B"]]
+type Fixed = tuple[Key[Array, " B"] | None, SamplingValues, Int[Array, " E"]]
 
 
 class Engine:
@@ -83,15 +97,34 @@ class Engine:
         num_samples: int = 1,
         seed: int = 0,
         num_drafted: int = 0,
+        ahead: bool = False,
     ) -> "Generation":
         """Prefills the prompts, each once, and returns the run, which has `num_samples` rows a prompt.
 
-        `num_drafted` tokens a step are guessed and checked (see `speculate`); 0 decodes one by one.
+        Args:
+          num_drafted: tokens a step that are guessed and checked (see `speculate`); 0 decodes one by one.
+          ahead: begins each call before the last one's tokens are read, so that the devices do not wait for the host
+            between them. The same tokens; where the host ends a row, what is under way for it was in vain.
 
         Raises:
           RequestError: the cache cannot hold that many tokens, or `num_drafted` does not fit.
         """
-        return Generation(self, prompts, max_new_tokens, sampling, num_samples, seed, num_drafted)
+        num_prompts, num_rows, kind = len(prompts), len(prompts) * num_samples, sampling.kind
+        self.check(max(map(len, prompts)), num_prompts, num_samples, max_new_tokens, num_drafted)
+        cache, last = self._prefill(prompts, max_new_tokens, num_samples)
+        keys = None if kind.greedy else row_keys(seed, num_prompts, num_samples)
+        fixed = self._everywhere((keys, sampling.values, self.eos_token_ids))
+        seen = history = None
+        if kind.repetition:
+            mask = batching.seen_tokens(prompts, self.model.config.vocab_size)
+            (seen,) = self._rows(np.repeat(mask, num_samples, axis=0))
+        if num_drafted:
+            token_ids, _ = batching.pad_rows(prompts, cache.capacity)
+            (history,) = self._rows(np.repeat(token_ids, num_samples, axis=0))
+        begin = (self.params, last, cache.lengths, np.int32(max_new_tokens), seen, history, *fixed)
+        rows, chunk, request = first_token(*begin, model=self.model, kind=kind, num_drafted=num_drafted)
+        options = Options(num_rows, max_new_tokens, kind, num_drafted, ahead)
+        return Generation(self, DecodeState(cache, rows, chunk), request, fixed, options)
 
     def check(
         self, longest_prompt: int, num_prompts: int, num_samples: int, max_new_tokens: int, num_drafted: int = 0
@@ -111,7 +144,13 @@ class Engine:
         )
 
     def lower_ahead(
-        self, longest_prompt: int, max_new_tokens: int, sampling: Sampling, num_samples: int = 1, num_drafted: int = 0
+        self,
+        longest_prompt: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        num_samples: int = 1,
+        num_drafted: int = 0,
+        ahead: bool = False,
     ) -> Iterator[jax.stages.Lowered]:
         """The programs of a run of one prompt in the order of its calls, from shapes alone: `params` may be abstract.
 
@@ -144,18 +183,21 @@ class Engine:
         seen = shape((num_samples, config.vocab_size), jnp.bool) if kind.repetition else None
         history = shape((num_samples, capacity), jnp.int32) if num_drafted else None
         fixed = (sampling.values, self.eos_token_ids)
-        begin = (self.params, last, cache.lengths, keys, seen, history)
-        yield (lowered := first_token.lower(*begin, *fixed, **static, kind=kind))
+        begin = (self.params, last, cache.lengths, np.int32(max_new_tokens), seen, history, keys, *fixed)
+        yield (lowered := first_token.lower(*begin, **static, kind=kind, num_drafted=num_drafted))
         if max_new_tokens == 1:
             return
-        seen, history, first = results(lowered)
-        begin = (self.params, DecodeState(cache, cache.lengths, first.done, seen, history), np.int32(0))
-        done, left = np.zeros(num_samples, bool), np.zeros(num_samples, np.int32)
-        options = static | {"kind": kind, "peers": None}  # by name and as `_decode` gives them, or they compile again
+        rows, chunk, request = results(lowered)
+        state = DecodeState(cache, rows, chunk)
+        yield ask.lower(request, np.int32(1), np.zeros(num_samples, bool), **static)
+        if ahead:
+            yield copy_made.lower(state, **static)
+        arguments = (self.params, state, request, keys, *fixed)
+        options = static | {"kind": kind, "peers": None}  # by name and as `_begin` gives them, or they compile again
         if num_drafted:
-            yield decode_drafted.lower(*begin, done, left, keys, *fixed, num_drafted=num_drafted, **options)
+            yield decode_drafted.lower(*arguments, num_drafted=num_drafted, **options)
         else:
-            yield decode.lower(*begin, done, keys, *fixed, **options)
+            yield decode.lower(*arguments, **options)
 
     def plan(self, longest_prompt: int, num_prompts: int, max_new_tokens: int) -> tuple[list[int], int]:
         """The sizes of the prefill calls, and the cache's capacity."""
@@ -212,66 +254,58 @@ class Engine:
             return tuple(jax.device_put(array) for array in arrays)
         return tuple(jax.device_put(array, sharding.batch_sharding(array.shape, mesh)) for array in arrays)
 
+    def _everywhere(self, tree):
+        """Arrays on the device, or whole on each of the mesh."""
+        return jax.device_put(tree, None if self.model.mesh is None else sharding.replicated(self.model.mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Of a run: its rows, the most tokens that each gets, and the rest as for `Engine.start`."""
+
+    num_rows: int
+    max_new_tokens: int
+    kind: SamplingKind
+    num_drafted: int
+    ahead: bool
+
 
 class Generation:
     """One run: rows ordered by prompt, then by sample, each growing until it ends or has max_new_tokens.
 
-    `next_chunk` blocks until its tokens are there: with chunks of up to 32 steps the gap between calls, in
-    which the host turns ids into text, is under a hundredth of a call, and stop strings take effect in the
-    very next one.
+    `next_chunk` blocks until its tokens are there. Between two calls of up to 32 steps the host takes some milliseconds
+    to read the tokens and to begin the next, in which devices do nothing, unless the run goes `ahead`.
+
+    Args:
+      state: with the tokens to begin with in its chunk.
+      request: for a whole chunk.
+      fixed: keys, values and end-of-text tokens, as for `decode`. On the device once and for all: what each call would
+        bring there anew might lie elsewhere each time.
 
     Attributes:
-      num_rows: B.
       left: [B] tokens that each row may still get.
       done: [B] rows that get no more.
       num_steps: [B] passes of the model that each row took part in, its prompt's not counted. Plain decoding makes one
         token in each.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        num_samples: int,
-        seed: int,
-        num_drafted: int,
-    ):
-        num_rows = len(prompts) * num_samples
-        engine.check(max(map(len, prompts)), len(prompts), num_samples, max_new_tokens, num_drafted)
-        self.num_rows = num_rows
-        self.left = np.full(num_rows, max_new_tokens, np.int32)
+    def __init__(self, engine: Engine, state: DecodeState, request: Request, fixed: Fixed, options: Options):
+        num_rows = options.num_rows
+        self.left = np.full(num_rows, options.max_new_tokens, np.int32)
         self.done = np.zeros(num_rows, bool)
         self.num_steps = np.zeros(num_rows, np.int32)
         self._engine = engine
-        self._num_drafted = num_drafted
-        self._kind = sampling.kind
-        self._keys = None if self._kind.greedy else row_keys(seed, len(prompts), num_samples)
-        if self._keys is not None and engine.model.mesh is not None:
-            self._keys = jax.device_put(self._keys, sharding.replicated(engine.model.mesh))
-        self._fixed = (sampling.values, engine.eos_token_ids)
+        self._options = options
+        self._fixed = fixed
+        self._peers = engine.peers(num_rows * (1 + options.num_drafted))
+        self._stopped: set[int] = set()
+        self._request, self._asked = request, (CHUNK, frozenset[int]())
+        self._state = state
+        self._begun: tuple[Made, int] | None = self._made(), 0  # what has not been read
 
-        cache, last = engine._prefill(prompts, max_new_tokens, num_samples)
-        seen = history = None
-        if self._kind.repetition:
-            mask = batching.seen_tokens(prompts, engine.model.config.vocab_size)
-            (seen,) = engine._rows(np.repeat(mask, num_samples, axis=0))
-        if num_drafted:
-            token_ids, _ = batching.pad_rows(prompts, cache.capacity)
-            (history,) = engine._rows(np.repeat(token_ids, num_samples, axis=0))
-        seen, history, self._first = first_token(
-            engine.params,
-            last,
-            cache.lengths,
-            self._keys,
-            seen,
-            history,
-            *self._fixed,
-            model=engine.model,
-            kind=self._kind,
-        )
-        self._state = DecodeState(cache, self._first.tokens[:, 0], self._first.done, seen, history)
+    @property
+    def num_rows(self) -> int:
+        return self._options.num_rows
 
     @property
     def finished(self) -> bool:
@@ -279,22 +313,25 @@ class Generation:
         return bool((self.done | (self.left == 0)).all())
 
     def stop(self, row: int) -> None:
-        """Ends a row from outside (a stop string): it gets no more tokens from the next chunk on."""
+        """Ends a row from outside (a stop string): it gets no more tokens."""
         self.done[row] = True
+        self._stopped.add(row)
 
     def next_chunk(self, max_steps: int = CHUNK) -> tuple[list[list[int]], list[list[float]]]:
         """The new ids a row of up to `max_steps` (at most 32) steps, and their log probabilities.
 
         A step makes one token a row, with drafts up to `num_drafted` more. The first call returns one a row: it comes
-        from the prefill.
+        from the prefill. A run that goes ahead began these steps before the last ones were read, and `max_steps` is for
+        the next; who asks for one step first gets the first token before anything else begins.
 
         Rows that have ended get none. An end-of-text token is returned, as its row's last.
         """
-        if self._first is not None:
-            chunk, self._first = self._first, None
-        else:
-            self._state, chunk = self._decode(min(max_steps, CHUNK))
-        tokens, logprobs, counts, steps, done = jax.device_get(chunk)
+        (made, num_steps), self._begun = self._begun or self._begin(max_steps), None
+        goes_on = num_steps < self.left.max(where=~self.done, initial=0)  # as far as the host knows
+        if self._options.ahead and goes_on and (num_steps or max_steps > 1):
+            self._begun = self._begin(max_steps)
+        (tokens, logprobs, counts, steps), done = jax.device_get(made)
+        counts, steps = (np.where(self.done, 0, numbers) for numbers in (counts, steps))
         self.left = self.left - counts
         self.num_steps = self.num_steps + steps
         self.done = self.done | done
@@ -303,12 +340,24 @@ class Generation:
             [row[:count].tolist() for row, count in zip(logprobs, counts, strict=True)],
         )
 
-    def _decode(self, max_steps: int) -> tuple[DecodeState, Chunk]:
-        # A step makes at least one token in each row that goes on.
-        num_steps = np.int32(min(max_steps, int(self.left.max(where=~self.done, initial=0))))
-        peers = self._engine.peers(self.num_rows * (1 + self._num_drafted))
-        options = {"model": self._engine.model, "kind": self._kind, "peers": peers}
-        begin = (self._engine.params, self._state, num_steps, self.done)
-        if self._num_drafted == 0:
-            return decode(*begin, self._keys, *self._fixed, **options)
-        return decode_drafted(*begin, self.left, self._keys, *self._fixed, num_drafted=self._num_drafted, **options)
+    def _begin(self, max_steps: int) -> tuple[Made, int]:
+        """Begins a call of up to so many steps. Returns what it makes, and how many steps that is at most."""
+        model, num_steps = self._engine.model, min(max_steps, CHUNK)
+        asked = (num_steps, frozenset(self._stopped))
+        if asked != self._asked:
+            stopped = np.isin(np.arange(self.num_rows), list(self._stopped))
+            self._request = ask(self._request, np.int32(num_steps), stopped, model=model)
+            self._asked = asked
+        arguments = (self._engine.params, self._state, self._request, *self._fixed)
+        options = {"model": model, "kind": self._options.kind, "peers": self._peers}
+        if num_drafted := self._options.num_drafted:
+            self._state = decode_drafted(*arguments, num_drafted=num_drafted, **options)
+        else:
+            self._state = decode(*arguments, **options)
+        return self._made(), num_steps
+
+    def _made(self) -> Made:
+        """What the latest call makes: the next one writes over it, after it has been read or beside a copy of it."""
+        if self._options.ahead:
+            return copy_made(self._state, model=self._engine.model)
+        return self._state.chunk, self._state.rows.done

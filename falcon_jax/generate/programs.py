@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from falcon_jax import sharding
 from falcon_jax.generate import speculate
 from falcon_jax.generate.sampling import SamplingKind, SamplingValues, sample_at
-from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model
+from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model, Request, Rows
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.decoder import FalconDecoder
 from falcon_jax.model.params import Params, bind
@@ -127,41 +127,61 @@ def repeat_rows(
     return _lay_out((cache.repeat(num_copies), jnp.repeat(last, num_copies, axis=0)), model.mesh)
 
 
-@functools.partial(Program, static_argnames="kind")
+@functools.partial(Program, static_argnames=("kind", "num_drafted"))
 def first_token(
     params: Params,
     last: Float[Array, "B D"],
     lengths: Int[Array, " B"],
-    keys: Key[Array, " B"] | None,
+    max_new_tokens: Int[Array, ""],
     seen: Bool[Array, "B V"] | None,
     history: Int[Array, "B S"] | None,
+    keys: Key[Array, " B"] | None,
     values: SamplingValues,
     eos_token_ids: Int[Array, " E"],
     *,
     model: Model,
     kind: SamplingKind,
-) -> tuple[Bool[Array, "B V"] | None, Int[Array, "B S"] | None, Chunk]:
-    """Chooses the token after each prompt, as a chunk of one column; notes it in `seen` and `history`.
+    num_drafted: int,
+) -> tuple[Rows, Chunk, Request]:
+    """Chooses the token after each prompt; notes it in `seen` and `history`.
 
-    Both come back even so that they lie where the parameters do: an array that the host made is tied to no device, and
-    what decodes would be compiled once for such a one and again for its own results.
+    Returns all that decoding begins with but the cache, and the request for a whole chunk: made here it lies where the
+    parameters do. An array that the host made is tied to no device, and what decodes would be compiled once for such a
+    one and again for its own results.
     """
     logits = _decoder(params, model).logits(last)
     tokens, logprobs, seen = _choose(logits, keys, lengths, seen, values, kind)
     if history is not None:
         history = speculate.append(history, tokens[:, None], lengths, jnp.ones_like(lengths))
-    done = jnp.isin(tokens, eos_token_ids)
-    seen, history, tokens, done, logprobs = _lay_out((seen, history, tokens, done, logprobs), model.mesh)
-    chunk = Chunk(tokens[:, None], logprobs[:, None], jnp.ones_like(tokens), jnp.zeros_like(tokens), done)
-    return seen, history, chunk
+    empty = Chunk.empty(tokens.shape[0], num_drafted)
+    one = jnp.ones_like(tokens)
+    chunk = Chunk(empty.tokens.at[:, 0].set(tokens), empty.logprobs.at[:, 0].set(logprobs), one, empty.steps)
+    left = jnp.full_like(tokens, max_new_tokens - 1)
+    rows = Rows(tokens, jnp.isin(tokens, eos_token_ids) | (left == 0), left, seen, history)
+    request = Request(jnp.int32(CHUNK), jnp.zeros_like(rows.done))
+    return _lay_out((rows, chunk, request), model.mesh)
 
 
-@functools.partial(Program, static_argnames="kind", donate_argnames="state", loops=True, concurrent=True)
+# Kept where nothing reads it, what is donated is memory for what is returned.
+@functools.partial(Program, donate_argnames="request", keep_unused=True)
+def ask(request: Request, num_steps: Int[Array, ""], stopped: Bool[Array, " B"], *, model: Model) -> Request:
+    """Another request in the same memory: arrays that lie elsewhere cost a CUDA graph tens of milliseconds."""
+    return _lay_out(jax.tree.map(jnp.copy, Request(num_steps, stopped)), model.mesh)  # uncopied they come back as given
+
+
+@Program
+def copy_made(state: DecodeState, *, model: Model) -> tuple[Chunk, Bool[Array, " B"]]:
+    """A chunk and which rows are done, to be read while the next call writes over both."""
+    return _lay_out(jax.tree.map(jnp.copy, (state.chunk, state.rows.done)), model.mesh)
+
+
+@functools.partial(
+    Program, static_argnames="kind", donate_argnames="state", keep_unused=True, loops=True, concurrent=True
+)
 def decode(
     params: Params,
     state: DecodeState,
-    num_steps: Int[Array, ""],
-    stopped: Bool[Array, " B"],
+    request: Request,
     keys: Key[Array, " B"] | None,
     values: SamplingValues,
     eos_token_ids: Int[Array, " E"],
@@ -169,47 +189,47 @@ def decode(
     peers: Peers | None = None,
     model: Model,
     kind: SamplingKind,
-) -> tuple[DecodeState, Chunk]:
+) -> DecodeState:
     """Makes up to min(num_steps, 32) tokens a row; ends early once all rows are done.
 
     Args:
-      state: donated.
-      num_steps: traced, so that streaming by the token and generating by the chunk run the same executable.
-      stopped: rows that the host has ended since the last call.
+      state: donated; its chunk is emptied first.
+      request: traced, so that streaming by the token and generating by the chunk run the same executable.
       keys: one a row, into which each step folds the position; None for greedy.
       eos_token_ids: a row that makes one of them is done, that token being its last. No logit is masked.
       peers: how kernels on the devices of the model's mesh reach each other's memory; None: XLA adds up and gathers
         what the devices make.
     """
     decoder = _decoder(params, model, concurrent=decode.is_concurrent(model, peers))
-    state = dataclasses.replace(state, done=state.done | stopped)
 
-    def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
-        active = ~state.done
-        hidden, cache = _read(decoder, state.tokens[:, None], state.cache, active.astype(jnp.int32), peers=peers)
+    def advance(step: Array, state: DecodeState) -> DecodeState:
+        rows, chunk = state.rows, state.chunk
+        active = (~rows.done).astype(jnp.int32)
+        hidden, cache = _read(decoder, rows.tokens[:, None], state.cache, active, peers=peers)
         logits = decoder.logits(hidden[:, 0], peers)
-        tokens, logprobs, seen = _choose(logits, keys, cache.lengths, state.seen, values, kind)
-        tokens = jnp.where(active, tokens, state.tokens)
+        tokens, logprobs, seen = _choose(logits, keys, cache.lengths, rows.seen, values, kind)
+        tokens = jnp.where(rows.done, rows.tokens, tokens)
         chunk = Chunk(
             jax.lax.dynamic_update_slice(chunk.tokens, tokens[:, None], (0, step)),
             jax.lax.dynamic_update_slice(chunk.logprobs, logprobs[:, None], (0, step)),
-            chunk.counts + active.astype(jnp.int32),
-            chunk.steps + active.astype(jnp.int32),
-            state.done | jnp.isin(tokens, eos_token_ids),
+            chunk.counts + active,
+            chunk.steps + active,
         )
-        return DecodeState(cache, tokens, chunk.done, seen), chunk
+        left = rows.left - active
+        done = rows.done | jnp.isin(tokens, eos_token_ids) | (left == 0)
+        return DecodeState(cache, Rows(tokens, done, left, seen), chunk)
 
-    return _repeat(advance, num_steps, state, Chunk.empty(state.done, CHUNK), model.mesh)
+    return _repeat(advance, request, state, model.mesh)
 
 
 # Not concurrent: that has not run on a GPU.
-@functools.partial(Program, static_argnames=("num_drafted", "kind"), donate_argnames="state", loops=True)
+@functools.partial(
+    Program, static_argnames=("num_drafted", "kind"), donate_argnames="state", keep_unused=True, loops=True
+)
 def decode_drafted(
     params: Params,
     state: DecodeState,
-    num_steps: Int[Array, ""],
-    stopped: Bool[Array, " B"],
-    left: Int[Array, " B"],
+    request: Request,
     keys: Key[Array, " B"] | None,
     values: SamplingValues,
     eos_token_ids: Int[Array, " E"],
@@ -218,29 +238,24 @@ def decode_drafted(
     num_drafted: int,
     model: Model,
     kind: SamplingKind,
-) -> tuple[DecodeState, Chunk]:
+) -> DecodeState:
     """`decode` with 1 to 1 + `num_drafted` tokens a row and step, the same tokens (see `speculate`).
 
     Args:
-      state: donated; with a history.
-      left: how many tokens each row may still get; a row that has them all is done.
+      state: donated; with a history, and a chunk that has room for so many.
       num_drafted: at least 1; static, as it decides the shapes.
-      num_steps, stopped, keys, eos_token_ids, peers: as in `decode`.
+      request, keys, eos_token_ids, peers: as in `decode`.
     """
     decoder = _decoder(params, model)
-    state = dataclasses.replace(state, done=state.done | stopped | (left == 0))
 
     def forward(token_ids: Array, cache: KVCache, num_tokens: Array) -> tuple[Float[Array, "B T V"], KVCache]:
         hidden, cache = _read(decoder, token_ids, cache, num_tokens, peers=peers)
         return decoder.logits(hidden, peers), cache
 
-    def advance(step: Array, state: DecodeState, chunk: Chunk) -> tuple[DecodeState, Chunk]:
-        return speculate.advance(
-            state, chunk, left, forward, keys, values, eos_token_ids, kind=kind, num_drafted=num_drafted
-        )
+    def advance(step: Array, state: DecodeState) -> DecodeState:
+        return speculate.advance(state, forward, keys, values, eos_token_ids, kind=kind, num_drafted=num_drafted)
 
-    empty = Chunk.empty(state.done, CHUNK * (num_drafted + 1))
-    return _repeat(advance, num_steps, state, empty, model.mesh)
+    return _repeat(advance, request, state, model.mesh)
 
 
 @Program
@@ -289,25 +304,21 @@ def _choose(
 
 
 def _repeat(
-    advance: Callable[[Array, DecodeState, Chunk], tuple[DecodeState, Chunk]],
-    num_steps: Int[Array, ""],
-    state: DecodeState,
-    chunk: Chunk,
-    mesh: Mesh | None,
-) -> tuple[DecodeState, Chunk]:
-    """advance(step, state, chunk), over and over: up to min(num_steps, 32) times, or until all rows are done."""
+    advance: Callable[[Array, DecodeState], DecodeState], request: Request, state: DecodeState, mesh: Mesh | None
+) -> DecodeState:
+    """advance(step, state), over and over: up to min(num_steps, 32) times, or until all rows are done."""
+    rows = dataclasses.replace(state.rows, done=state.rows.done | request.stopped)
+    state = DecodeState(state.cache, rows, state.chunk.emptied())
 
-    def unfinished(carry: tuple[Array, DecodeState, Chunk]) -> Bool[Array, ""]:
-        step, state, _ = carry
-        return (step < jnp.minimum(num_steps, CHUNK)) & ~jnp.all(state.done)
+    def unfinished(carry: tuple[Array, DecodeState]) -> Bool[Array, ""]:
+        step, state = carry
+        return (step < jnp.minimum(request.num_steps, CHUNK)) & ~jnp.all(state.rows.done)
 
-    def body(carry: tuple[Array, DecodeState, Chunk]) -> tuple[Array, DecodeState, Chunk]:
-        step, state, chunk = carry
-        state, chunk = advance(step, state, chunk)
-        return step + 1, _lay_out(state, mesh), chunk
+    def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        step, state = carry
+        return step + 1, _lay_out(advance(step, state), mesh)
 
-    _, state, chunk = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, chunk))
-    return _lay_out(state, mesh), chunk
+    return _lay_out(jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1], mesh)
 
 
 def _lay_out(tree, mesh: Mesh | None):

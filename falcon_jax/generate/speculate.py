@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import RequestError
 from falcon_jax.generate.sampling import SamplingKind, SamplingValues, sample_at
-from falcon_jax.generate.state import Chunk, DecodeState
+from falcon_jax.generate.state import Chunk, DecodeState, Rows
 from falcon_jax.model.cache import KVCache
 
 # Each takes float32 logits [B, V] of its own in every step, right or wrong.
@@ -63,8 +63,6 @@ def check_positions(config: FalconConfig, num_drafted: int, num_tokens: int) -> 
 
 def advance(
     state: DecodeState,
-    chunk: Chunk,
-    left: Int[Array, " B"],
     forward: Callable[[Array, KVCache, Array], tuple[Float[Array, "B T V"], KVCache]],
     keys: Key[Array, " B"] | None,
     values: SamplingValues,
@@ -72,22 +70,22 @@ def advance(
     *,
     kind: SamplingKind,
     num_drafted: int,
-) -> tuple[DecodeState, Chunk]:
+) -> DecodeState:
     """One step: 1 to `num_drafted` + 1 more tokens in each row that is not done.
 
     Args:
-      state: each row's last token in its history, and rows with nothing `left` done.
-      left: how many tokens each row may get in the whole of `chunk`.
+      state: each row's last token in its history.
       forward: (token_ids [B, T], cache, num_tokens [B]) -> float32 logits after each token, and the cache with them.
     """
-    assert state.history is not None
+    rows, chunk = state.rows, state.chunk
+    assert rows.history is not None
     start = state.cache.lengths
-    room = jnp.where(state.done, 0, left - chunk.counts)
-    drafted = draft(state.history, start + 1, num_drafted)
-    token_ids = jnp.concatenate([state.tokens[:, None], drafted], axis=1)
+    room = jnp.where(rows.done, 0, rows.left)
+    drafted = draft(rows.history, start + 1, num_drafted)
+    token_ids = jnp.concatenate([rows.tokens[:, None], drafted], axis=1)
     # Near its limit a row has fewer tokens than queries; what the rest would write past the capacity is dropped.
     logits, cache = forward(token_ids, state.cache, jnp.minimum(room, num_drafted + 1))
-    tokens, logprobs, num_right = verify(logits, drafted, keys, start + 1, state.seen, values, kind)
+    tokens, logprobs, num_right = verify(logits, drafted, keys, start + 1, rows.seen, values, kind)
     counts, ended = count_kept(tokens, num_right, room, eos_token_ids)
     last = jnp.take_along_axis(tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
     chunk = Chunk(
@@ -95,17 +93,16 @@ def advance(
         append(chunk.logprobs, logprobs, chunk.counts, counts),
         chunk.counts + counts,
         chunk.steps + (counts > 0).astype(jnp.int32),
-        state.done | ended | (counts == room),
     )
-    state = DecodeState(
-        # Rejected tokens lie past the row's length: the next step writes over all of them before it reads.
-        dataclasses.replace(cache, lengths=start + counts),
-        jnp.where(counts > 0, last, state.tokens),
-        chunk.done,
-        mark_seen(state.seen, tokens, counts),
-        append(state.history, tokens, start + 1, counts),
+    rows = Rows(
+        jnp.where(counts > 0, last, rows.tokens),
+        rows.done | ended | (counts == room),
+        rows.left - counts,
+        mark_seen(rows.seen, tokens, counts),
+        append(rows.history, tokens, start + 1, counts),
     )
-    return state, chunk
+    # Rejected tokens lie past the row's length: the next step writes over all of them before it reads.
+    return DecodeState(dataclasses.replace(cache, lengths=start + counts), rows, chunk)
 
 
 def draft(history: Int[Array, "B S"], lengths: Int[Array, " B"], num_drafted: int) -> Int[Array, "B M"]:

@@ -31,22 +31,33 @@ class Model(NamedTuple):
     cuda_graphs: bool = True
 
 
+class Request(NamedTuple):
+    """What the host asks of a call of `decode`.
+
+    num_steps: at most so many.
+    stopped: rows that end before it.
+    """
+
+    num_steps: Int[Array, ""]
+    stopped: Bool[Array, " B"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class DecodeState:
-    """What a step reads and writes; donated to every call of `decode`.
+class Rows:
+    """What is known of each row, but for its cache.
 
-    cache: all tokens but each row's last.
     tokens: each row's last token, which the next step feeds.
     done: rows that have ended; they write nothing and keep their length.
+    left: how many tokens each may still get; one with none left is done.
     seen: tokens in the prompt or generated; None without a repetition penalty.
     history: each token in the column of its position, prompts and the last ones included; None without speculation.
     """
 
-    cache: KVCache
     tokens: Int[Array, " B"]
     done: Bool[Array, " B"]
-    seen: Bool[Array, "B V"] | None
+    left: Int[Array, " B"]
+    seen: Bool[Array, "B V"] | None = None
     history: Int[Array, "B S"] | None = None
 
 
@@ -60,9 +71,28 @@ class Chunk(NamedTuple):
     logprobs: Float[Array, "B C"]
     counts: Int[Array, " B"]
     steps: Int[Array, " B"]
-    done: Bool[Array, " B"]
 
     @classmethod
-    def empty(cls, done: Bool[Array, " B"], num_columns: int) -> "Chunk":
-        zeros = jnp.zeros((done.shape[0], num_columns), jnp.int32)
-        return cls(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0], done)
+    def empty(cls, batch_size: int, num_drafted: int = 0) -> "Chunk":
+        """With room for what a call makes."""
+        zeros = jnp.zeros((batch_size, CHUNK * (1 + num_drafted)), jnp.int32)
+        return cls(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0])
+
+    def emptied(self) -> "Chunk":
+        """In the same memory: what its columns held stays there and means nothing."""
+        none = jnp.zeros_like(self.counts)
+        return self._replace(counts=none, steps=none)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class DecodeState:
+    """What a step reads and writes; donated to every call of `decode`.
+
+    cache: all tokens but each row's last.
+    chunk: what the steps of this call, or else of the last one, have made.
+    """
+
+    cache: KVCache
+    rows: Rows
+    chunk: Chunk

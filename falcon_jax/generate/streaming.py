@@ -49,10 +49,11 @@ class TextStream(Iterator[str]):
         run = self._run = start()
         size = 1  # short chunks first, so that text shows at once
         while not run.finished and not self._text.stopped:
+            num_before = self.num_steps
             tokens, _ = run.next_chunk(size)
             # With drafts a step may make many tokens: as many steps as would have made 8, going by the last chunk.
-            num_made = max(len(tokens[0]), 1)
-            size = max(min(2 * size, NUM_TOKENS * size // num_made), 1)
+            num_steps, num_made = max(self.num_steps - num_before, 1), max(len(tokens[0]), 1)
+            size = max(min(2 * size, NUM_TOKENS * num_steps // num_made), 1)
             if piece := self._text.push(tokens[0]):
                 yield piece
         if piece := self._text.finish():

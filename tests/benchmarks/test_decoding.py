@@ -67,12 +67,13 @@ def test_a_step_goes_on_from_a_cache_of_the_length_asked_for():
     config = PRESETS["falcon-nano"]
     case = StepCase(2, 40)
     steps = Steps(config, "int8", [case])
-    state = steps._state(case)
-    assert state.cache.lengths.tolist() == [40, 40] and float(jnp.std(state.cache.keys[0])) > 0.9
-    state, tokens = steps._call(case, state, 3)
-    assert state.cache.lengths.tolist() == [43, 43] and tokens.shape == (2, 32)
+    generation = steps.generation(case)
+    cache = generation._state.cache
+    assert cache.lengths.tolist() == [40, 40] and float(jnp.std(cache.keys[0])) > 0.9
+    assert [len(row) for row in generation.next_chunk(3)[0]] == [3, 3]
+    assert generation._state.cache.lengths.tolist() == [43, 43]
     limit = case.limit(config, "int8", Rates(1e12, 1.0))
-    assert limit.cache_bytes == cache_bytes(config, 2, 40 + case.new_tokens // 2, "bfloat16")
+    assert limit.cache_bytes == cache_bytes(config, 2, 40 + 32 * 2 + 32 * 6 // 2, "bfloat16")
 
 
 def test_a_model_over_two_devices_is_measured_beside_one(call, cpu_devices):

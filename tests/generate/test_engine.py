@@ -94,12 +94,13 @@ def test_eos_ends_its_row_alone_and_is_its_last_token(engine):
     assert [len(row) for row in logprobs] == [len(row) for row in tokens]
 
 
-def test_a_batch_whose_rows_all_end_stops_at_once(engine):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_batch_whose_rows_all_end_stops_at_once(engine, ahead):
     free, _ = run(engine, PROMPTS[:1])
     stopping = Engine(dataclasses.replace(engine.model.config, eos_token_ids=(free[0][2],)), engine.params)
-    generation = stopping.start(PROMPTS[:1], max_new_tokens=64, sampling=GREEDY)
+    generation = stopping.start(PROMPTS[:1], max_new_tokens=64, sampling=GREEDY, ahead=ahead)
     while not generation.finished:
-        generation.next_chunk()
+        generation.next_chunk(1)  # where it goes ahead a call begins that has nothing to do
     assert generation._state.cache.lengths.tolist() == [len(PROMPTS[0]) + free[0].index(free[0][2])]
 
 
@@ -115,9 +116,10 @@ def test_eos_is_likely_when_the_model_says_so():
     assert tokens == [[11]] * 3
 
 
-def test_a_stopped_row_gets_no_more_tokens(engine):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_stopped_row_gets_no_more_tokens(engine, ahead):
     free, _ = run(engine, PROMPTS[:2], max_new_tokens=9)
-    generation = engine.start(PROMPTS[:2], max_new_tokens=9, sampling=GREEDY)
+    generation = engine.start(PROMPTS[:2], max_new_tokens=9, sampling=GREEDY, ahead=ahead)
     rows: list[list[int]] = [[], []]
     while not generation.finished:
         for row, new in enumerate(generation.next_chunk(2)[0]):
@@ -173,7 +175,7 @@ def test_eight_devices_generate_what_one_does(cpu_devices, sampling):
 
 def test_calls_within_a_bucket_compile_nothing():
     engine = make_engine("falcon-40b-alibi")
-    run(engine, [[1, 2, 3], [4]], sampling=DRAWN, max_new_tokens=40)
+    run(engine, [[1, 2, 3], [4]], sampling=DRAWN, max_new_tokens=40, chunk=CHUNK - 1)  # not what each run begins with
     with count_compilations() as compiled:
         # Other prompts, lengths, seeds, counts, values and chunk sizes.
         other = Sampling(temperature=0.7, top_k=3, top_p=0.5)
@@ -184,14 +186,47 @@ def test_calls_within_a_bucket_compile_nothing():
         assert compiled != []
 
 
-def test_decode_takes_over_the_memory_of_its_cache(engine):
-    generation = engine.start(PROMPTS, max_new_tokens=20, sampling=GREEDY)
-    generation.next_chunk()
-    before = generation._state.cache
-    addresses = [keys.unsafe_buffer_pointer() for keys in before.keys]
-    generation.next_chunk(4)
-    assert all(keys.is_deleted() for keys in before.keys)
-    assert [keys.unsafe_buffer_pointer() for keys in generation._state.cache.keys] == addresses
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("num_drafted", [0, 2])
+def test_calls_write_over_what_they_read_and_nothing_moves(engine, num_drafted, ahead):
+    """To where arrays lie a CUDA graph is tied."""
+    options = {"max_new_tokens": 60, "sampling": DRAWN, "num_drafted": num_drafted, "ahead": ahead}
+    generation = engine.start(PROMPTS, **options)
+    generation.next_chunk(1)
+
+    def arrays() -> list[jax.Array]:
+        # On a CPU what the host has read it reads in place, so that nothing is written there; a copy is read ahead.
+        state = generation._state
+        return jax.tree.leaves((state, generation._request) if ahead else state.cache)
+
+    before = arrays()
+    addresses = [array.unsafe_buffer_pointer() for array in before]
+    assert len(set(addresses)) == len(addresses)
+    for num_steps in (3, 3, 5):
+        generation.next_chunk(num_steps)
+        assert [array.unsafe_buffer_pointer() for array in arrays()] == addresses
+    assert all(array.is_deleted() for array in before)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, CHUNK])
+@pytest.mark.parametrize("num_drafted", [0, 3])
+def test_a_run_that_goes_ahead_makes_the_same(engine, num_drafted, chunk):
+    free, _ = run(engine, PROMPTS)
+    stopping = Engine(dataclasses.replace(engine.model.config, eos_token_ids=(free[1][9],)), engine.params)
+    for sampling in (GREEDY, Sampling(temperature=0.9, repetition_penalty=1.4)):
+        options = {"max_new_tokens": 70, "sampling": sampling, "num_drafted": num_drafted, "chunk": chunk}
+        waiting = run(stopping, PROMPTS, **options)
+        assert run(stopping, PROMPTS, **options, ahead=True) == waiting
+
+
+def test_going_ahead_begins_a_call_before_the_last_is_read_but_for_the_first_token(engine):
+    generation = engine.start(PROMPTS, max_new_tokens=9, sampling=GREEDY, ahead=True)
+    for wanted, made, under_way in [(1, 1, None), (2, 2, 2), (4, 2, 4), (4, 4, None)]:
+        assert {len(row) for row in generation.next_chunk(wanted)[0]} == {made}
+        assert (None if generation._begun is None else generation._begun[1]) == under_way
+    assert generation.finished
+    whole = engine.start(PROMPTS, max_new_tokens=9, sampling=GREEDY, ahead=True)
+    assert {len(row) for row in whole.next_chunk()[0]} == {1} and whole._begun is not None
 
 
 def test_logits_of_any_length_share_an_executable(engine):

@@ -92,7 +92,7 @@ from falcon_jax import Falcon, sharding
 from falcon_jax.config import PRESETS
 from falcon_jax.generate import programs
 from falcon_jax.generate.sampling import Sampling
-from falcon_jax.generate.state import DecodeState, Model
+from falcon_jax.generate.state import Chunk, DecodeState, Model, Request, Rows
 from falcon_jax.model import params as model_params
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.peers import Peers
@@ -117,15 +117,17 @@ leaves = model_params.flatten(model_params.abstract(config, jnp.bfloat16, weight
 params = model_params.unflatten({path: placed(leaf, layouts[path]) for path, leaf in leaves.items()})
 cache = jax.eval_shape(lambda: KVCache.create(config, batch, 512, jnp.bfloat16))
 tokens, done = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.bool)
-state = jax.tree.map(rows, DecodeState(cache, tokens, done, None))
+chunk = jax.eval_shape(lambda: Chunk.empty(batch))
+request = Request(jax.ShapeDtypeStruct((), jnp.int32), done)
+state, request = jax.tree.map(rows, (DecodeState(cache, Rows(tokens, done, tokens), chunk), request))
 table = jax.ShapeDtypeStruct((2, 6), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("tensor")))
 given = Peers(*(Addresses(table, 64, width) for width in (config.width, config.vocab_size // 2)))
 sampling = Sampling()
-rest = np.int32(1), np.zeros(batch, bool), None, sampling.values, np.array([-1], np.int32)
+rest = None, sampling.values, np.array([-1], np.int32)
 model = Model(config, ForwardOptions(), mesh)
 for peers in (given, None):
     with compat.assume_capability(compat.HOPPER):
-        programs.decode.lower(params, state, *rest, peers=peers, model=model, kind=sampling.kind).compile()
+        programs.decode.lower(params, state, request, *rest, peers=peers, model=model, kind=sampling.kind).compile()
 for path in sorted(Path(sys.argv[1]).glob("*jit_decode.thunk_sequence_after*")):
     body = path.read_text().partition("body:")[2]
     print(body.count(" kCustomCall "), any(word in body for word in ("kAllReduce", "kAllGather", "kCollective")))
