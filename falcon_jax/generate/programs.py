@@ -26,8 +26,10 @@ from falcon_jax.model.peers import Peers
 
 # Kinds of operations that XLA captures in CUDA graphs, which it calls command buffers, five or more to a graph. Its own
 # choice leaves loops out, so that between two steps the GPU waits for the host, 40 to 200 us (benchmarks/LOG.md).
+# And a loop counts as one operation, with what comes before it often four, so that a graph may have as few as it likes.
 WITH_LOOPS_IN_CUDA_GRAPHS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,
 }
 # In such a graph one thing follows the other, by XLA's choice. Here what reads nothing of one another runs at the same
 # time: small operations around the layers, and attention (model/beside.py). Not measured with jax 0.12.

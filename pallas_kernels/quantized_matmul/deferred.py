@@ -65,12 +65,14 @@ def begin(
     x: Float[Array, "8 D"], norms: Sequence[tuple[Array, Array]], epsilon: float
 ) -> tuple[list[Float[Array, "8 D"]], Moments]:
     """By plain JAX, what an output stage makes of the x that it has made: the rows for each norm, and x's moments."""
-    y = x.astype(jnp.float32)
-    rows = [(y * scale.astype(jnp.float32)).astype(x.dtype) for scale, _ in norms]
-    rows = [
-        r.at[SCALE_ROW].set(scale.astype(x.dtype)).at[SHIFT_ROW].set(shift.astype(x.dtype))
-        for r, (scale, shift) in zip(rows, norms, strict=True)
-    ]
+    y, row = x.astype(jnp.float32), jnp.arange(ROWS_AT_ONCE)[:, None]
+
+    def with_affine(scale: Array, shift: Array) -> Array:
+        # Chosen in one operation, where writing rows into an array would be a copy each.
+        scale, shift = scale.astype(jnp.float32), shift.astype(jnp.float32)
+        return jnp.where(row == SCALE_ROW, scale, jnp.where(row == SHIFT_ROW, shift, y * scale)).astype(x.dtype)
+
+    rows = [with_affine(scale, shift) for scale, shift in norms]
     tiles = y.reshape(ROWS_AT_ONCE, -1, TILE)
     means = tiles.mean(axis=-1)
     squares = jnp.square(tiles - means[..., None]).sum(axis=-1)

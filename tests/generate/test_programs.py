@@ -137,15 +137,21 @@ from tests.pallas_kernels import hopper
 topology = topologies.get_topology_desc(platform="cuda", target_config=hopper.H100.read_text(), topology="1x1x1")
 layout = jax.sharding.SingleDeviceSharding(topology.devices[0])
 config = models.tiny("falcon-40b-alibi", num_layers=1)
-shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), params.abstract(config, "bfloat16")
-)
-for cuda_graphs in (False, True):
+
+def is_in_a_graph(what, dtype, num_samples, **options):
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), params.abstract(config, dtype)
+    )
+    before = set(Path(sys.argv[1]).iterdir())
     with compat.assume_capability(compat.HOPPER):
-        *_, decode = Engine(config, shapes, cuda_graphs=cuda_graphs).lower_ahead(5, 8, Sampling())
+        *_, decode = Engine(config, shapes, **options).lower_ahead(5, 8, Sampling(), num_samples)
         decode.compile()
-    dumped = Path(sys.argv[1]).glob("*jit_decode.thunk_sequence*")
-    print(cuda_graphs, any("kCommandBuffer" in path.read_text() for path in dumped))
+    dumped = [path.read_text() for path in set(Path(sys.argv[1]).iterdir()) - before if "thunk_sequence" in path.name]
+    return any("kCommandBuffer" in text.partition(what)[0] for text in dumped)
+
+print(is_in_a_graph("end", "bfloat16", 1, cuda_graphs=False), is_in_a_graph("end", "bfloat16", 1))
+# The loop as a whole, where no kernel is ours: those this compiler takes into none.
+print([is_in_a_graph("kWhile", "float32", num_samples) for num_samples in (1, 4)])
 """
 
 
@@ -156,7 +162,46 @@ def test_xla_captures_the_decoding_for_a_gpu_unless_told_otherwise(tmp_path):
     command = [sys.executable, "-c", COMPILED_FOR_A_GPU, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=hopper.ROOT, env=environment)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["False False", "True True"]
+    assert result.stdout.splitlines() == ["False True", "[True, True]"]
+
+
+LAUNCHES_OF_TWO_LAYERS = """
+import dataclasses, re, sys
+import jax
+from jax.experimental import topologies
+from falcon_jax.config import PRESETS
+from falcon_jax.generate.engine import Engine
+from falcon_jax.generate.sampling import Sampling
+from falcon_jax.model import params
+from pallas_kernels import compat
+from tests.pallas_kernels import hopper
+
+topology = topologies.get_topology_desc(platform="cuda", target_config=hopper.H100.read_text(), topology="1x1x1")
+layout = jax.sharding.SingleDeviceSharding(topology.devices[0])
+config = dataclasses.replace(PRESETS["falcon-7b"], num_layers=2)
+shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), params.abstract(config, "bfloat16")
+)
+with compat.assume_capability(compat.HOPPER):
+    *_, decode = Engine(config, shapes).lower_ahead(4000, 64, Sampling())
+    text = decode.compile().as_text()
+for line in text.splitlines():
+    if found := re.search(r"(.*) custom-call[(].*/(project|attention_norm|decode_attention)/", line):
+        print(found[2], "of the MLP" if f",{config.mlp_width}]" in found[1] else "")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler runs on Linux")
+@pytest.mark.skipif(not programs.AT_THE_SAME_TIME, reason="this JAX runs one after the other")
+def test_queries_keys_and_values_are_begun_before_the_mlp_that_runs_beside_attention():
+    """Begun behind it they would wait for the few multiprocessors that it leaves to attention."""
+    command = [sys.executable, "-c", LAUNCHES_OF_TWO_LAYERS]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=hopper.ROOT, env=hopper._environment())
+    assert result.returncode == 0, result.stderr
+    launches = [line.strip() for line in result.stdout.splitlines() if line]
+    of_mlp = [i for i, name in enumerate(launches) if name == "project of the MLP"]
+    assert [launches[i - 1] for i in of_mlp] == ["project"] * 2
 
 
 @pytest.mark.gpu
