@@ -185,8 +185,8 @@ class _Shared:
         if not (others and self.attention_sms):
             return self.project([*products, *others], moments)
         made = self.project(products, moments)
-        # What may run at the same time the GPU begins in XLA's order. The others would leave next to nothing to a launch
-        # behind them; so they come behind it, by a barrier that XLA takes out when all has its place.
+        # What may run at the same time the GPU begins in XLA's order. The others would leave next to nothing to a
+        # launch behind them; so they come behind it, by a barrier that XLA takes out when all has its place.
         *made, moments = jax.lax.optimization_barrier((*made, moments))
         return made + self.project(others, moments, compat.num_sms() - self.attention_sms)
 
