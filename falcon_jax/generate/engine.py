@@ -123,7 +123,7 @@ class Engine:
             (history,) = self._rows(np.repeat(token_ids, num_samples, axis=0))
         begin = (self.params, last, cache.lengths, np.int32(max_new_tokens), seen, history, *fixed)
         rows, chunk, request = first_token(*begin, model=self.model, kind=kind, num_drafted=num_drafted)
-        options = Options(num_rows, max_new_tokens, kind, num_drafted, ahead)
+        options = Options(num_rows, max_new_tokens, kind, num_drafted, ahead and max_new_tokens > 1)
         return Generation(self, DecodeState(cache, rows, chunk), request, fixed, options)
 
     def check(
@@ -327,7 +327,8 @@ class Generation:
         Rows that have ended get none. An end-of-text token is returned, as its row's last.
         """
         (made, num_steps), self._begun = self._begun or self._begin(max_steps), None
-        goes_on = num_steps < self.left.max(where=~self.done, initial=0)  # as far as the host knows
+        num_tokens = max(num_steps, 1)  # that a row which goes on has at least of this call, or of its prompt's
+        goes_on = num_tokens < self.left.max(where=~self.done, initial=0)
         if self._options.ahead and goes_on and (num_steps or max_steps > 1):
             self._begun = self._begin(max_steps)
         (tokens, logprobs, counts, steps), done = jax.device_get(made)
