@@ -26,7 +26,9 @@ from pallas_kernels import compat
 from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.reference import attention_norm_reference
 from pallas_kernels.quantized_matmul import Product, project, quantize
+from pallas_kernels.quantized_matmul.integers import to_integers
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch, output_launch
+from pallas_kernels.quantized_matmul.product import form_of
 
 PLAIN = "XLA"
 PARTS = ("output", "both")
@@ -76,16 +78,18 @@ class Variant:
     """A way of running ours.
 
     cuda_graphs: off launches each by itself.
+    integers: whether the input stage's x is made integers first, by XLA, where its weights have few bits.
     plan: what a launch's Plan has beside its default: pairs of a field and its value, of both stages.
     """
 
     cuda_graphs: bool = True
+    integers: bool = False
     plan: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Variant":
         """From names and values. Raises: RequestError where there is no such setting, or no such value."""
-        own = {name: value for name, value in settings.items() if name == "cuda_graphs"}
+        own = {name: value for name, value in settings.items() if name in ("cuda_graphs", "integers")}
         for name, value in own.items():
             if not isinstance(value, bool):
                 raise RequestError(f"--variants {name} is {value}; it must be true or false")
@@ -93,11 +97,11 @@ class Variant:
         known = [field.name for field in dataclasses.fields(Plan)]
         for name in rest:
             if name not in known:
-                raise RequestError(f"--variants {name} is unknown; known are cuda_graphs, {', '.join(known)}")
+                raise RequestError(f"--variants {name} is unknown; known are cuda_graphs, integers, {', '.join(known)}")
         return cls(**own, plan=tuple(rest.items()))
 
     def __str__(self) -> str:
-        words = ["no graphs"] * (not self.cuda_graphs)
+        words = ["no graphs"] * (not self.cuda_graphs) + ["integers"] * self.integers
         return " ".join(["ours", *words, *(f"{name}={value}" for name, value in self.plan)])
 
     @property
@@ -105,12 +109,17 @@ class Variant:
         return None if self.cuda_graphs else WITHOUT_CUDA_GRAPHS
 
     def project(self, products: list[Product]) -> list[Array]:
+        form = form_of(products[0].weight)
+        integers = self.integers and form != "native"
+        if integers:
+            rows = to_integers(products[0].x, form)  # all read the same
+            products = [dataclasses.replace(product, x=rows) for product in products]
         if not self.plan:
             return project(products, implementation="mosaic")
         from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
         weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
-        launch = input_launch(weights, outputs, products[0].num_rows, compat.num_sms())
+        launch = input_launch(weights, outputs, products[0].num_rows, compat.num_sms(), integers=integers)
         return project_mosaic(products, plan=self._changed(launch.plan))
 
     def attention_norm(self, xs: list[Array], weights: list[Any], residual: Array, norms: Any, **options: Any) -> Any:

@@ -34,8 +34,8 @@ class Arguments:
     rows: tuple[int, ...] = (8, 16)
     """Rows at once; the kernels take eight at a time."""
     variants: tuple[str, ...] = ()
-    """Other ways of running ours, each as in cuda_graphs=false,warpgroups=6,stages=2: the last ones are fields of the
-    plans of both stages (pallas_kernels/quantized_matmul/plan.py)."""
+    """Other ways of running ours, each as in cuda_graphs=false,integers=true,warpgroups=6,stages=2: the last ones are
+    fields of the plans of both stages (pallas_kernels/quantized_matmul/plan.py)."""
     save: str | None = None
     """Also writes the document to benchmarks/results/SAVE.json, anew after each case."""
 

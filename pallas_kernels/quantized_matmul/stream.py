@@ -8,7 +8,8 @@ much as eight, and 64 eight times that.
     partial sums [64 outputs, rows] = weights [64 outputs, inputs] @ x^T [inputs, rows]
 
 Weights of 16 bits are multiplied out of shared memory. Those of 8 and 4 bits are made bfloat16 in registers, and what
-a chunk's group comes to is multiplied by its scale in float32.
+a chunk's group comes to is multiplied by its scale in float32. Where x comes as integers (integers.py), they are
+multiplied as such, and what 64 inputs come to by both scales.
 
 A launch has several weights. Either each has its own tiles, side by side (the input stage), or all have the same tiles
 and are added up (the output stage). What differs is `Operand.first_tile`.
@@ -27,10 +28,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import filled, tiled
+from pallas_kernels.hopper import filled, store, tiled
 from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, storage
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
+from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments, integer_fragments
+from pallas_kernels.quantized_matmul.integer_sums import BY_ROWS, sum_of_blocks
+from pallas_kernels.quantized_matmul.integers import BLOCK, IntegerRows
 from pallas_kernels.quantized_matmul.plan import Launch, Plan
 from pallas_kernels.quantized_matmul.rows import HALF_ROWS, ROWS, load
 
@@ -49,13 +52,16 @@ def arrays_of(weight: Any) -> list[jax.Array]:
     return [words, scales.reshape(scales.shape[0], -1, TILE)]
 
 
-def scratch(launch: Launch, num_rows: int) -> dict[str, Any]:
-    """Shared memory and barriers of the streams of a block."""
+def scratch(launch: Launch, num_rows: int, *, integers: bool = False) -> dict[str, Any]:
+    """Shared memory and barriers of the streams of a block. integers: whether x comes as such."""
     form, plan = launch.form, launch.plan
     W, stages, width, groups = plan.warpgroups, plan.stages, plan.width, plan.groups
-    num_copies = 1 + (width if form == "native" else 2 * width)
-    buffers = {
-        "x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16),
+    num_copies = 1 + integers + (width if form == "native" else 2 * width)
+    buffers: dict[str, Any] = {"x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16)}
+    if integers:
+        buffers["x"] = integer_rows(W, stages, 2 * num_rows, groups * GROUP)
+        buffers["x_blocks"] = plgpu.SMEM((W, stages, groups * (GROUP // BLOCK), 2 * num_rows), jnp.int32)
+    buffers |= {
         "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * stages),
         "sums": plgpu.SMEM((PARITIES, W, num_rows, TILE), jnp.float32),
         "left": plgpu.Barrier(num_arrivals=W, num_barriers=max(W, PARITIES)),
@@ -70,8 +76,14 @@ def scratch(launch: Launch, num_rows: int) -> dict[str, Any]:
     buffers["weights"] = plgpu.SMEM((W, stages, width, groups, num_words // 128, 128), jnp.int32)
     buffers["scales"] = plgpu.SMEM((W, stages, width, count, TILE), dtype)
     if compat.interpreting():  # which takes both operands from shared memory
-        buffers["codes"] = tiled(W, TILE, DEPTH, dtype=jnp.bfloat16)
+        buffers["codes"] = integer_rows(W, TILE, DEPTH) if integers else tiled(W, TILE, DEPTH, dtype=jnp.bfloat16)
     return buffers
+
+
+def integer_rows(*shape: int) -> Any:
+    """Shared memory of int8 as the tensor cores read it by 64 inputs."""
+    transforms = plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, jnp.int8, transforms=transforms)
 
 
 class Stream:
@@ -82,7 +94,7 @@ class Stream:
     Args:
       weights: each operand's arrays in device memory.
       block, split, warpgroup: whose it is.
-      xs: each operand's x [R, I] in device memory.
+      xs: each operand's x [R, I] in device memory, or what it is as IntegerRows.
       smem: as `scratch` says.
       in_turn: whether the block's warpgroups finish its tiles in turn, or the first one all.
     """
@@ -102,6 +114,7 @@ class Stream:
     ):
         self.launch, self.operands, self.plan, self.form = launch, launch.operands, launch.plan, launch.form
         self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
+        self.num_rows, self.integers = xs[0].shape[0], isinstance(xs[0], IntegerRows)
         plan, self.is_sum = self.plan, launch.is_sum
         self.block, self.warpgroup, self.in_turn = block, warpgroup, in_turn
         # This one's index among those that share out a tile's inputs.
@@ -155,7 +168,8 @@ class Stream:
 
     def sums(self, turn: Any) -> list[Any]:
         """Partial sums float32 [64 outputs, R] of a turn's tiles."""
-        totals = [filled((TILE, self.xs[0].shape[0]), 0.0, MATRIX) for _ in range(self.plan.width)]
+        layout = BY_ROWS if self.integers else MATRIX
+        totals = [filled((TILE, self.num_rows), 0.0, layout) for _ in range(self.plan.width)]
         start = 0 if self.has_one_turn else turn * self.per_turn
         for count in self.counts:
             totals = lax.fori_loop(0, count, functools.partial(self._add_chunk, start), totals)
@@ -199,8 +213,12 @@ class Stream:
         return self.smem["full"].at[self.warpgroup * self.plan.stages + slot]
 
     def _copy_x(self, k: int, slot: Any, within: Any) -> None:
-        inputs = pl.ds(self._group(within) * GROUP, self.plan.groups * GROUP)
-        plgpu.copy_gmem_to_smem(self.xs[k].at[:, inputs], self.smem["x"].at[self.warpgroup, slot], self._full(slot))
+        inputs, x, at = pl.ds(self._group(within) * GROUP, self.plan.groups * GROUP), self.xs[k], (self.warpgroup, slot)
+        if self.integers:
+            blocks = pl.ds(self._group(within) * (GROUP // BLOCK), self.plan.groups * (GROUP // BLOCK))
+            plgpu.copy_gmem_to_smem(x.blocks.at[blocks], self.smem["x_blocks"].at[at], self._full(slot))
+            x = x.values
+        plgpu.copy_gmem_to_smem(x.at[:, inputs], self.smem["x"].at[at], self._full(slot))
 
     def _copy_tile(self, k: int, slot: Any, within: Any, i: int, tile: Any) -> None:
         """tile: of the operand's."""
@@ -222,6 +240,7 @@ class Stream:
         slot = lax.rem(n, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self._full(slot))
         add = self._add_native if self.form == "native" else self._add_quantized
+        add = self._add_integers if self.integers else add
         totals = add(slot, totals)
         plgpu.commit_smem()  # all warps have read what the next copies replace
         if self.plan.producer:
@@ -274,8 +293,39 @@ class Stream:
             totals[i] += made * lax.broadcast_in_dim(scale.astype(jnp.float32), made.shape, [0])
         return totals
 
+    def _add_integers(self, slot: Any, totals: list[Any]) -> list[Any]:
+        x, blocks, weights = (self.smem[name].at[self.warpgroup, slot] for name in ("x", "x_blocks", "weights"))
+        units = [(group, i) for group in range(self.plan.groups) for i in range(self.plan.width)]
+
+        def operands(number: int) -> list[Any]:
+            if number == len(units):
+                return []
+            group, i = units[number]
+            return integer_fragments(weights.at[i, group], self.form, interpretable=self.interpretable)
+
+        totals, parts = list(totals), operands(0)
+        for number, (group, i) in enumerate(units):
+
+            def products(*accumulators: Any, parts: list[Any] = parts, group: int = group, number: int = number) -> Any:
+                for part, codes in enumerate(parts):
+                    inputs = pl.ds(group * GROUP + part * BLOCK, BLOCK)
+                    plgpu.wgmma(accumulators[part], self._left(codes), x.at[:, inputs].transpose((1, 0)))
+                    if self.interpretable:
+                        plgpu.wgmma_wait(0)
+                following = operands(number + 1)  # while the products are under way
+                return [accumulator[...] for accumulator in accumulators], following
+
+            accumulator = plgpu.WGMMAAccumulatorRef((TILE, 2 * self.num_rows), jnp.int32)
+            made, parts = pl.run_scoped(products, *[accumulator] * (GROUP // BLOCK))
+            at = (self.warpgroup, slot, i, 0 if self.form == "int8" else group)
+            scale = plgpu.load(self.smem["scales"].at[at], layout=BY_ROWS.reduce(1), optimized=False)
+            own = [blocks.at[group * (GROUP // BLOCK) + part] for part in range(GROUP // BLOCK)]
+            scaled = sum_of_blocks(made, own, self.form, interpretable=self.interpretable)
+            totals[i] += scaled * lax.broadcast_in_dim(scale.astype(jnp.float32), scaled.shape, [0])
+        return totals
+
     def _accumulator(self) -> Any:
-        return plgpu.WGMMAAccumulatorRef((TILE, self.xs[0].shape[0]), jnp.float32)
+        return plgpu.WGMMAAccumulatorRef((TILE, self.num_rows), jnp.float32)
 
     def _left(self, codes: Any) -> Any:
         """The left operand: in registers, but for the interpreter in shared memory."""
@@ -304,7 +354,10 @@ class Stream:
         parity = _parity(number)
         pl.when(jnp.int32(number) >= PARITIES)(lambda: plgpu.barrier_wait(self.smem["read"].at[parity]))
         target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
-        target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
+        if self.integers:
+            store(target, partial)
+        else:
+            target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self._left_barrier(number))
 

@@ -1,0 +1,87 @@
+"""Products of x as integers with weights of few bits: what integers stand for, the kernel interpreted with race
+detection, and the machine code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.quantized_matmul import Product, project
+from pallas_kernels.quantized_matmul.integers import BLOCK, described, in_order, to_integers
+from pallas_kernels.quantized_matmul.mosaic import project_mosaic
+from pallas_kernels.quantized_matmul.plan import Plan
+from tests.pallas_kernels.interpreted import interpreted
+from tests.pallas_kernels.stage_cases import normal, product_reference, weight
+from tests.pallas_kernels.test_compiled import array, few_bits, require_no_problems
+from tests.pallas_kernels.tolerance import require_close
+from tests.thorough import thorough
+
+FORMS = ["int4", *thorough(["int8"])]
+
+
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_integers_stand_for_x_but_for_the_smallest_of_64_inputs(form):
+    # Rows of all sizes, one of zeros, one with a number beside which others are small.
+    x = normal(1, 8, 320) * jnp.array([1, 1e4, 1e-4, 0, 1, 1, 1, 1], jnp.bfloat16)[:, None]
+    x = x.at[4, 70].set(500.0)
+    rows = to_integers(x, form)
+    assert (rows.shape, rows.values.dtype, rows.dtype) == (x.shape, jnp.int8, jnp.bfloat16)
+    assert jax.tree.map(lambda leaf: leaf.shape, described(8, 320, form, "bfloat16")) == jax.tree.map(
+        lambda leaf: leaf.shape, rows
+    )
+    floats, exact = np.asarray(rows.floats()), np.asarray(x, np.float32)
+    largest = np.repeat(np.abs(exact).reshape(8, -1, BLOCK).max(-1), BLOCK, axis=1)
+    assert (np.abs(floats - exact) <= largest * 2.0**-14).all()
+    kept = np.abs(exact) >= largest / 64
+    np.testing.assert_array_equal(floats[kept], exact[kept])
+
+
+def test_each_form_has_the_order_in_which_its_words_hold_codes():
+    inputs = jnp.arange(32)[None]
+    assert in_order(inputs, "int4")[0, :8].tolist() == [0, 8, 1, 9, 2, 10, 3, 11]
+    assert in_order(inputs, "int8")[0, 16:24].tolist() == [16, 17, 24, 25, 18, 19, 26, 27]
+    for form in ("int4", "int8"):
+        assert in_order(in_order(inputs, form), form, back=True).tolist() == inputs.tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("plan", [Plan(2, 2), *thorough([Plan(1, 3, groups=2, producer=True)])])
+def test_products_of_integers(form, plan):
+    x, weights = normal(1, 8, 320), [weight(2, 320, 192, form), weight(3, 320, 64, form)]
+
+    def products(x):
+        return [Product(x, weights[0], 192, normal(4, 192)), Product(x, weights[1], 64, None, "gelu")]
+
+    with interpreted():
+        made = jax.block_until_ready(project_mosaic(products(to_integers(x, form)), plan=plan))
+    plain = project(products(x), implementation="xla")
+    for some, others, product in zip(made, plain, products(x), strict=True):
+        require_close(some, others, product_reference(product))
+    by_xla = project(products(to_integers(x, form)), implementation="xla")
+    for some, others in zip(by_xla, plain, strict=True):
+        np.testing.assert_allclose(some.astype(np.float32), others.astype(np.float32), atol=0.04)
+
+
+def test_integers_of_another_form_or_size_are_refused():
+    x = normal(1, 8, 128)
+    with pytest.raises(ValueError, match="8 rows of integers for weights of 'int8' with one of 'int4'"):
+        project([Product(to_integers(x, "int8"), weight(2, 128, 64, "int4"), 64)])
+    with pytest.raises(ValueError, match=r"16 rows of integers .* as integers x has 8 rows"):
+        project([Product(to_integers(jnp.tile(x, (2, 1)), "int4"), weight(2, 128, 64, "int4"), 64)])
+    with pytest.raises(ValueError, match="x has 100 inputs; as integers they are a multiple of 64"):
+        to_integers(x[:, :100], "int4")
+    with pytest.raises(ValueError, match="'native'; known are"):
+        to_integers(x, "native")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_of_integers_are_one_launch_without_spills(compiler, form):
+    x, bias = described(8, 8192, form, "bfloat16"), array((32768,), "bfloat16")
+    products = [
+        Product(x, few_bits(form, 8192, 32768), 32768, bias, "gelu"),
+        Product(x, few_bits(form, 8192, 128), 128),
+    ]
+    report = compiler.compile(project, products, implementation="mosaic", dump=["sass"])
+    require_no_problems(report)
+    assert report.launches == ("mosaic_gpu_v2",)
+    assert "IGMMA.64x16x32.S8.S8" in report.log and "HGMMA" not in report.log
