@@ -240,7 +240,6 @@ class Stream:
         slot = lax.rem(n, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self._full(slot))
         add = self._add_native if self.form == "native" else self._add_quantized
-        add = self._add_integers if self.integers else add
         totals = add(slot, totals)
         plgpu.commit_smem()  # all warps have read what the next copies replace
         if self.plan.producer:
@@ -266,65 +265,46 @@ class Stream:
         return [total + product for total, product in zip(totals, made, strict=True)]
 
     def _add_quantized(self, slot: Any, totals: list[Any]) -> list[Any]:
-        x, weights = (self.smem[name].at[self.warpgroup, slot] for name in ("x", "weights"))
+        at_slot = (self.warpgroup, slot)
+        x, weights = (self.smem[name].at[at_slot] for name in ("x", "weights"))
         units = [(group, i) for group in range(self.plan.groups) for i in range(self.plan.width)]
+        cut, layout = (integer_fragments, BY_ROWS) if self.integers else (fragments, MATRIX)
 
         def operands(number: int) -> list[Any]:
             if number == len(units):
                 return []
             group, i = units[number]
-            return fragments(weights.at[i, group], self.form, interpretable=self.interpretable)
-
-        totals, parts = list(totals), operands(0)
-        for number, (group, i) in enumerate(units):
-
-            def product(accumulator: Any, parts: list[Any] = parts, group: int = group, number: int = number) -> Any:
-                for part, codes in enumerate(parts):
-                    inputs = pl.ds(group * GROUP + part * DEPTH, DEPTH)
-                    plgpu.wgmma(accumulator, self._left(codes), x.at[:, inputs].transpose((1, 0)))
-                    if self.interpretable:
-                        plgpu.wgmma_wait(0)
-                following = operands(number + 1)  # while the product is under way
-                return accumulator[...], following
-
-            made, parts = pl.run_scoped(product, self._accumulator())
-            at = (self.warpgroup, slot, i, 0 if self.form == "int8" else group)
-            scale = plgpu.load(self.smem["scales"].at[at], layout=MATRIX.reduce(1), optimized=False)
-            totals[i] += made * lax.broadcast_in_dim(scale.astype(jnp.float32), made.shape, [0])
-        return totals
-
-    def _add_integers(self, slot: Any, totals: list[Any]) -> list[Any]:
-        x, blocks, weights = (self.smem[name].at[self.warpgroup, slot] for name in ("x", "x_blocks", "weights"))
-        units = [(group, i) for group in range(self.plan.groups) for i in range(self.plan.width)]
-
-        def operands(number: int) -> list[Any]:
-            if number == len(units):
-                return []
-            group, i = units[number]
-            return integer_fragments(weights.at[i, group], self.form, interpretable=self.interpretable)
+            return cut(weights.at[i, group], self.form, interpretable=self.interpretable)
 
         totals, parts = list(totals), operands(0)
         for number, (group, i) in enumerate(units):
 
             def products(*accumulators: Any, parts: list[Any] = parts, group: int = group, number: int = number) -> Any:
                 for part, codes in enumerate(parts):
-                    inputs = pl.ds(group * GROUP + part * BLOCK, BLOCK)
-                    plgpu.wgmma(accumulators[part], self._left(codes), x.at[:, inputs].transpose((1, 0)))
+                    inputs = pl.ds(group * GROUP + part * DEPTH, DEPTH)
+                    accumulator = accumulators[part % len(accumulators)]
+                    plgpu.wgmma(accumulator, self._left(codes), x.at[:, inputs].transpose((1, 0)))
                     if self.interpretable:
                         plgpu.wgmma_wait(0)
                 following = operands(number + 1)  # while the products are under way
                 return [accumulator[...] for accumulator in accumulators], following
 
-            accumulator = plgpu.WGMMAAccumulatorRef((TILE, 2 * self.num_rows), jnp.int32)
-            made, parts = pl.run_scoped(products, *[accumulator] * (GROUP // BLOCK))
-            at = (self.warpgroup, slot, i, 0 if self.form == "int8" else group)
-            scale = plgpu.load(self.smem["scales"].at[at], layout=BY_ROWS.reduce(1), optimized=False)
-            own = [blocks.at[group * (GROUP // BLOCK) + part] for part in range(GROUP // BLOCK)]
-            scaled = sum_of_blocks(made, own, self.form, interpretable=self.interpretable)
-            totals[i] += scaled * lax.broadcast_in_dim(scale.astype(jnp.float32), scaled.shape, [0])
+            # Integers of 64 inputs have a scale of their own.
+            num_sums = len(parts) if self.integers else 1
+            made, parts = pl.run_scoped(products, *[self._accumulator()] * num_sums)
+            if self.integers:
+                blocks = [self.smem["x_blocks"].at[(*at_slot, group * num_sums + part)] for part in range(num_sums)]
+                y = sum_of_blocks(made, blocks, self.form, interpretable=self.interpretable)
+            else:
+                (y,) = made
+            at = (*at_slot, i, 0 if self.form == "int8" else group)
+            scale = plgpu.load(self.smem["scales"].at[at], layout=layout.reduce(1), optimized=False)
+            totals[i] += y * lax.broadcast_in_dim(scale.astype(jnp.float32), y.shape, [0])
         return totals
 
     def _accumulator(self) -> Any:
+        if self.integers:
+            return plgpu.WGMMAAccumulatorRef((TILE, 2 * self.num_rows), jnp.int32)
         return plgpu.WGMMAAccumulatorRef((TILE, self.num_rows), jnp.float32)
 
     def _left(self, codes: Any) -> Any:
