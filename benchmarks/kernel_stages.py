@@ -26,9 +26,9 @@ from pallas_kernels import compat
 from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.reference import attention_norm_reference
 from pallas_kernels.quantized_matmul import Product, project, quantize
-from pallas_kernels.quantized_matmul.integers import to_integers
+from pallas_kernels.quantized_matmul.integers import IntegerRows, to_integers
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch, output_launch
-from pallas_kernels.quantized_matmul.product import form_of
+from pallas_kernels.quantized_matmul.product import form_of, in_eights
 
 PLAIN = "XLA"
 PARTS = ("output", "both")
@@ -78,7 +78,8 @@ class Variant:
     """A way of running ours.
 
     cuda_graphs: off launches each by itself.
-    integers: whether the input stage's x is made integers first, by XLA, where its weights have few bits.
+    integers: whether the input stage's x is made integers first, by XLA, where its weights have few bits; four rows of
+      them for one or two.
     plan: what a launch's Plan has beside its default: pairs of a field and its value, of both stages.
     """
 
@@ -110,15 +111,19 @@ class Variant:
 
     def project(self, products: list[Product]) -> list[Array]:
         form = form_of(products[0].weight)
-        integers = self.integers and form != "native"
-        if integers:
-            rows = to_integers(products[0].x, form)  # all read the same
-            products = [dataclasses.replace(product, x=rows) for product in products]
+        if self.integers and form != "native":
+            num_rows = len(products[0].x)
+            rows = to_integers(in_eights(products[0].x), form, few=num_rows <= 2)  # all read the same
+            return [y[:num_rows] for y in self._project([dataclasses.replace(product, x=rows) for product in products])]
+        return self._project(products)
+
+    def _project(self, products: list[Product]) -> list[Array]:
         if not self.plan:
             return project(products, implementation="mosaic")
         from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
         weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
+        integers = isinstance(products[0].x, IntegerRows)
         launch = input_launch(weights, outputs, products[0].num_rows, compat.num_sms(), integers=integers)
         return project_mosaic(products, plan=self._changed(launch.plan))
 

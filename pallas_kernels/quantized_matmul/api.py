@@ -143,6 +143,6 @@ def _mosaic_reason(products: Sequence[Product], moments: deferred.Moments | None
         return reason
     if moments is not None and (reason := deferred.reason_against_kernel()) is not None:
         return reason
-    if len({(product.x.shape, isinstance(product.x, IntegerRows)) for product in products}) > 1:
+    if len({(product.x.shape, getattr(product.x, "num_held", None)) for product in products}) > 1:
         return "it takes x of one shape and kind"
     return reason_against_products(products)

@@ -6,9 +6,12 @@ Codes of weights are integers already: as the operand of an instruction that mul
 of a word by one or two operations, where bfloat16 takes five to ten (fragments.py). high and low are rows of their own,
 of which an instruction takes eight as fast as one.
 
-    values  int8 [2 R, I]         rows 2 r and 2 r + 1: high and low of row r
+    values  int8 [2 R, I]         rows 2 r and 2 r + 1: high and low of row r, one of R = 8 or 4
     blocks  int32 [I / 64, 2 R]   of each 64 inputs, at 2 r and 2 r + 1, the bits of scale, float32, and what takes off
                                   the offset in codes of 4 bits: -8 times the sum of 128 high + low; else 0
+
+Four rows do for one or two tokens with a deferred norm (deferred.py): those of the tokens, and its scale and shift. An
+instruction with eight columns then has all parts, and half as many sums are to be scaled.
 
 Inputs are in the order in which a word has their codes, 16 by 16: place 4 q + j is the input 2 q + (0, 8, 1, 9)[j] for
 weights of 4 bits and 2 q + (0, 1, 8, 9)[j] for 8.
@@ -30,9 +33,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels.quantized_matmul.formats import require_form
+from pallas_kernels.quantized_matmul.formats import ROWS_AT_ONCE, require_form
 
 BLOCK = 64  # inputs that share a scale
+FEW_ROWS = (0, 1, 6, 7)  # two tokens', and the last two, where a deferred norm has its scale and shift
 LOW_BITS = 7
 CODE_OFFSET = {"int8": 0, "int4": 8}  # that codes have as integers
 _IN_WORD = {"int4": (1, 2, 0), "int8": (1, 0, 2)}  # q, e, h and q, h, e
@@ -43,7 +47,7 @@ _SMALLEST = 2.0**-100  # so that the scale of zeros is a number
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IntegerRows:
-    """x [R, I] as integers. form: of the weights that it is for. dtype: of the x that it stands for."""
+    """x [8, I] as integers, all rows or the `FEW_ROWS`. form: of the weights that it is for. dtype: of that x."""
 
     values: Any
     blocks: Any
@@ -53,20 +57,27 @@ class IntegerRows:
     @property
     def shape(self) -> tuple[int, int]:
         """Of the x that it stands for."""
-        num_rows, num_inputs = self.values.shape
-        return num_rows // 2, num_inputs
+        return ROWS_AT_ONCE, self.values.shape[1]
+
+    @property
+    def num_held(self) -> int:
+        """Rows that it has."""
+        return self.values.shape[0] // 2
 
     @property
     def ndim(self) -> int:
         return 2
 
-    def floats(self) -> Float[Array, "R I"]:
-        """That x but for rounding, float32."""
-        num_rows, num_inputs = self.shape
+    def floats(self) -> Float[Array, "8 I"]:
+        """That x but for rounding, float32; zeros in rows that it lacks."""
+        num_rows, num_inputs = self.num_held, self.shape[1]
         high, low = self.values.astype(jnp.int32).reshape(num_rows, 2, num_inputs).swapaxes(0, 1)
         numbers = ((high << LOW_BITS) + low).astype(jnp.float32).reshape(num_rows, -1, BLOCK)
         scales = lax.bitcast_convert_type(self.blocks[:, ::2], jnp.float32).T
-        return in_order((numbers * scales[..., None]).reshape(num_rows, num_inputs), self.form, back=True)
+        held = in_order((numbers * scales[..., None]).reshape(num_rows, num_inputs), self.form, back=True)
+        if num_rows == ROWS_AT_ONCE:
+            return held
+        return jnp.zeros((ROWS_AT_ONCE, num_inputs), jnp.float32).at[np.array(FEW_ROWS)].set(held)
 
 
 def in_order(x: Shaped[Array, "R I"], form: str, *, back: bool = False) -> Shaped[Array, "R I"]:
@@ -79,16 +90,17 @@ def in_order(x: Shaped[Array, "R I"], form: str, *, back: bool = False) -> Shape
     return x16.transpose(*range(first), *(first + int(axis) for axis in order)).reshape(x.shape)
 
 
-def to_integers(x: Float[Array, "R I"], form: str) -> IntegerRows:
-    """x for products with weights of a form. I: a multiple of 64.
+def to_integers(x: Float[Array, "R I"], form: str, *, few: bool = False) -> IntegerRows:
+    """x for products with weights of a form, or only its `FEW_ROWS`. I: a multiple of 64.
 
     Raises:
-      ValueError: an unknown form, or another number of inputs.
+      ValueError: an unknown form, or another number of rows or inputs.
     """
     require_form(form)
+    if x.shape[0] != ROWS_AT_ONCE or x.shape[1] % BLOCK:
+        raise ValueError(f"x is {x.shape}; as integers it is {ROWS_AT_ONCE} rows of a multiple of {BLOCK}")
+    x = x[np.array(FEW_ROWS)] if few else x
     num_rows, num_inputs = x.shape
-    if num_inputs % BLOCK:
-        raise ValueError(f"x has {num_inputs} inputs; as integers they are a multiple of {BLOCK}")
     ordered = in_order(x.astype(jnp.float32), form).reshape(num_rows, -1, BLOCK)
     scales = _scales(jnp.max(jnp.abs(ordered), axis=-1))
     numbers = jnp.round(ordered / scales[..., None]).astype(jnp.int32)
@@ -99,8 +111,9 @@ def to_integers(x: Float[Array, "R I"], form: str) -> IntegerRows:
     return IntegerRows(values.reshape(2 * num_rows, num_inputs), blocks, form, x.dtype)
 
 
-def described(num_rows: int, num_inputs: int, form: str, dtype: DTypeLike) -> IntegerRows:
+def described(num_inputs: int, form: str, dtype: DTypeLike, *, few: bool = False) -> IntegerRows:
     """The arrays of such rows as jax.ShapeDtypeStructs."""
+    num_rows = len(FEW_ROWS) if few else ROWS_AT_ONCE
     values = jax.ShapeDtypeStruct((2 * num_rows, num_inputs), jnp.int8)
     blocks = jax.ShapeDtypeStruct((num_inputs // BLOCK, 2 * num_rows), jnp.int32)
     return IntegerRows(values, blocks, form, jnp.dtype(dtype))

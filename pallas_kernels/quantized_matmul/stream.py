@@ -52,15 +52,16 @@ def arrays_of(weight: Any) -> list[jax.Array]:
     return [words, scales.reshape(scales.shape[0], -1, TILE)]
 
 
-def scratch(launch: Launch, num_rows: int, *, integers: bool = False) -> dict[str, Any]:
-    """Shared memory and barriers of the streams of a block. integers: whether x comes as such."""
+def scratch(launch: Launch, num_rows: int, *, integers: IntegerRows | None = None) -> dict[str, Any]:
+    """Shared memory and barriers of the streams of a block. integers: x, if it comes as such."""
     form, plan = launch.form, launch.plan
     W, stages, width, groups = plan.warpgroups, plan.stages, plan.width, plan.groups
-    num_copies = 1 + integers + (width if form == "native" else 2 * width)
+    num_copies = 1 + (integers is not None) + (width if form == "native" else 2 * width)
     buffers: dict[str, Any] = {"x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16)}
-    if integers:
-        buffers["x"] = integer_rows(W, stages, 2 * num_rows, groups * GROUP)
-        buffers["x_blocks"] = plgpu.SMEM((W, stages, groups * (GROUP // BLOCK), 2 * num_rows), jnp.int32)
+    if integers is not None:
+        buffers["x"] = integer_rows(W, stages, 2 * integers.num_held, groups * GROUP)
+        blocks = W, stages, groups * (GROUP // BLOCK), 2 * integers.num_held
+        buffers["x_blocks"] = plgpu.SMEM(blocks, jnp.int32)
     buffers |= {
         "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * stages),
         "sums": plgpu.SMEM((PARITIES, W, num_rows, TILE), jnp.float32),
@@ -76,7 +77,9 @@ def scratch(launch: Launch, num_rows: int, *, integers: bool = False) -> dict[st
     buffers["weights"] = plgpu.SMEM((W, stages, width, groups, num_words // 128, 128), jnp.int32)
     buffers["scales"] = plgpu.SMEM((W, stages, width, count, TILE), dtype)
     if compat.interpreting():  # which takes both operands from shared memory
-        buffers["codes"] = integer_rows(W, TILE, DEPTH) if integers else tiled(W, TILE, DEPTH, dtype=jnp.bfloat16)
+        buffers["codes"] = (
+            tiled(W, TILE, DEPTH, dtype=jnp.bfloat16) if integers is None else integer_rows(W, TILE, DEPTH)
+        )
     return buffers
 
 
@@ -114,7 +117,10 @@ class Stream:
     ):
         self.launch, self.operands, self.plan, self.form = launch, launch.operands, launch.plan, launch.form
         self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
-        self.num_rows, self.integers = xs[0].shape[0], isinstance(xs[0], IntegerRows)
+        self.integers = isinstance(xs[0], IntegerRows)
+        # Rows of x, and those of which there are products: of the sums that warpgroups leave the first ones.
+        self.num_rows = xs[0].shape[0]
+        self.num_held = xs[0].num_held if self.integers else self.num_rows
         plan, self.is_sum = self.plan, launch.is_sum
         self.block, self.warpgroup, self.in_turn = block, warpgroup, in_turn
         # This one's index among those that share out a tile's inputs.
@@ -169,7 +175,7 @@ class Stream:
     def sums(self, turn: Any) -> list[Any]:
         """Partial sums float32 [64 outputs, R] of a turn's tiles."""
         layout = BY_ROWS if self.integers else MATRIX
-        totals = [filled((TILE, self.num_rows), 0.0, layout) for _ in range(self.plan.width)]
+        totals = [filled((TILE, self.num_held), 0.0, layout) for _ in range(self.plan.width)]
         start = 0 if self.has_one_turn else turn * self.per_turn
         for count in self.counts:
             totals = lax.fori_loop(0, count, functools.partial(self._add_chunk, start), totals)
@@ -304,7 +310,7 @@ class Stream:
 
     def _accumulator(self) -> Any:
         if self.integers:
-            return plgpu.WGMMAAccumulatorRef((TILE, 2 * self.num_rows), jnp.int32)
+            return plgpu.WGMMAAccumulatorRef((TILE, 2 * self.num_held), jnp.int32)
         return plgpu.WGMMAAccumulatorRef((TILE, self.num_rows), jnp.float32)
 
     def _left(self, codes: Any) -> Any:
@@ -333,10 +339,10 @@ class Stream:
         """
         parity = _parity(number)
         pl.when(jnp.int32(number) >= PARITIES)(lambda: plgpu.barrier_wait(self.smem["read"].at[parity]))
-        target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
         if self.integers:
-            store(target, partial)
+            store(self.smem["sums"].at[parity, self.warpgroup, pl.ds(0, self.num_held)].transpose((1, 0)), partial)
         else:
+            target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
             target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self._left_barrier(number))
@@ -349,6 +355,11 @@ class Stream:
         """Of a tile's finisher: what it has `gathered` may be replaced, if there is a tile left to do so."""
         is_replaced = number + PARITIES < self.num_turns * self.plan.width
         pl.when(is_replaced)(lambda: plgpu.barrier_arrive(self.smem["read"].at[_parity(number)]))
+
+    @property
+    def affine_rows(self) -> tuple[int, int]:
+        """Where the sums have the products of a deferred norm's scale and shift: the last two."""
+        return self.num_held - 2, self.num_held - 1
 
     def gathered(self, number: Any, half: int | None = None, row: int | None = None) -> Any:
         """What all warpgroups have left of a tile, added up in their order: float32 [R, 64 outputs], as ROWS.

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized_matmul import Product, project
+from pallas_kernels.quantized_matmul import Product, deferred, project
 from pallas_kernels.quantized_matmul.integers import BLOCK, described, in_order, to_integers
 from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 from pallas_kernels.quantized_matmul.plan import Plan
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.stage_cases import normal, product_reference, weight
 from tests.pallas_kernels.test_compiled import array, few_bits, require_no_problems
+from tests.pallas_kernels.test_deferred import EPSILON, normalized
 from tests.pallas_kernels.tolerance import require_close
 from tests.thorough import thorough
 
@@ -26,7 +27,7 @@ def test_integers_stand_for_x_but_for_the_smallest_of_64_inputs(form):
     x = x.at[4, 70].set(500.0)
     rows = to_integers(x, form)
     assert (rows.shape, rows.values.dtype, rows.dtype) == (x.shape, jnp.int8, jnp.bfloat16)
-    assert jax.tree.map(lambda leaf: leaf.shape, described(8, 320, form, "bfloat16")) == jax.tree.map(
+    assert jax.tree.map(lambda leaf: leaf.shape, described(320, form, "bfloat16")) == jax.tree.map(
         lambda leaf: leaf.shape, rows
     )
     floats, exact = np.asarray(rows.floats()), np.asarray(x, np.float32)
@@ -64,19 +65,31 @@ def test_products_of_integers(form, plan):
 
 def test_integers_of_another_form_or_size_are_refused():
     x = normal(1, 8, 128)
-    with pytest.raises(ValueError, match="8 rows of integers for weights of 'int8' with one of 'int4'"):
+    with pytest.raises(ValueError, match="x as integers for weights of 'int8' with one of 'int4'"):
         project([Product(to_integers(x, "int8"), weight(2, 128, 64, "int4"), 64)])
-    with pytest.raises(ValueError, match=r"16 rows of integers .* as integers x has 8 rows"):
-        project([Product(to_integers(jnp.tile(x, (2, 1)), "int4"), weight(2, 128, 64, "int4"), 64)])
-    with pytest.raises(ValueError, match="x has 100 inputs; as integers they are a multiple of 64"):
-        to_integers(x[:, :100], "int4")
+    for wrong in (x[:, :100], x[:7]):
+        with pytest.raises(ValueError, match="as integers it is 8 rows of a multiple of 64"):
+            to_integers(wrong, "int4")
     with pytest.raises(ValueError, match="'native'; known are"):
         to_integers(x, "native")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_products_of_integers_are_one_launch_without_spills(compiler, form):
-    x, bias = described(8, 8192, form, "bfloat16"), array((32768,), "bfloat16")
+def test_a_deferred_norm_ends_in_products_of_four_rows(form):
+    x, scale, shift, w = normal(1, 8, 192), normal(2, 192), normal(3, 192), weight(4, 192, 128, form)
+    (rows,), moments = deferred.begin(x, [(scale, shift)], EPSILON)
+    few = to_integers(rows, form, few=True)
+    assert few.num_held == 4 and few.shape == rows.shape and not few.floats()[2:6].any()
+    with interpreted():
+        made = jax.block_until_ready(project_mosaic([Product(few, w, 128)], moments=moments, plan=Plan(2, 2)))[0]
+    plain = project([Product(rows, w, 128)], moments=moments, implementation="xla")[0]
+    exact = product_reference(Product(normalized(x.astype(jnp.float32), (scale, shift)), w, 128))
+    require_close(made[:2], plain[:2], exact[:2])
+
+
+@pytest.mark.parametrize(("form", "few"), [("int4", True), *thorough([("int4", False), ("int8", True)])])
+def test_products_of_integers_are_one_launch_without_spills(compiler, form, few):
+    x, bias = described(8192, form, "bfloat16", few=few), array((32768,), "bfloat16")
     products = [
         Product(x, few_bits(form, 8192, 32768), 32768, bias, "gelu"),
         Product(x, few_bits(form, 8192, 128), 128),
@@ -84,4 +97,4 @@ def test_products_of_integers_are_one_launch_without_spills(compiler, form):
     report = compiler.compile(project, products, implementation="mosaic", dump=["sass"])
     require_no_problems(report)
     assert report.launches == ("mosaic_gpu_v2",)
-    assert "IGMMA.64x16x32.S8.S8" in report.log and "HGMMA" not in report.log
+    assert f"IGMMA.64x{8 if few else 16}x32.S8.S8" in report.log and "HGMMA" not in report.log
