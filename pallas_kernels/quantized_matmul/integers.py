@@ -99,7 +99,7 @@ def to_integers(x: Float[Array, "R I"], form: str, *, few: bool = False) -> Inte
     require_form(form)
     if x.shape[0] != ROWS_AT_ONCE or x.shape[1] % BLOCK:
         raise ValueError(f"x is {x.shape}; as integers it is {ROWS_AT_ONCE} rows of a multiple of {BLOCK}")
-    x = x[np.array(FEW_ROWS)] if few else x
+    x = jnp.concatenate([x[:2], x[-2:]]) if few else x  # FEW_ROWS
     num_rows, num_inputs = x.shape
     ordered = in_order(x.astype(jnp.float32), form).reshape(num_rows, -1, BLOCK)
     scales = _scales(jnp.max(jnp.abs(ordered), axis=-1))
@@ -111,12 +111,25 @@ def to_integers(x: Float[Array, "R I"], form: str, *, few: bool = False) -> Inte
     return IntegerRows(values.reshape(2 * num_rows, num_inputs), blocks, form, x.dtype)
 
 
-def described(num_inputs: int, form: str, dtype: DTypeLike, *, few: bool = False) -> IntegerRows:
-    """The arrays of such rows as jax.ShapeDtypeStructs."""
-    num_rows = len(FEW_ROWS) if few else ROWS_AT_ONCE
-    values = jax.ShapeDtypeStruct((2 * num_rows, num_inputs), jnp.int8)
-    blocks = jax.ShapeDtypeStruct((num_inputs // BLOCK, 2 * num_rows), jnp.int32)
-    return IntegerRows(values, blocks, form, jnp.dtype(dtype))
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """As which integers a kernel writes rows: for weights of a form, all eight or the `FEW_ROWS`."""
+
+    form: str
+    few: bool
+
+    @property
+    def num_held(self) -> int:
+        return len(FEW_ROWS) if self.few else ROWS_AT_ONCE
+
+    def of(self, x: Float[Array, "8 I"]) -> IntegerRows:
+        return to_integers(x, self.form, few=self.few)
+
+    def described(self, num_inputs: int, dtype: DTypeLike) -> IntegerRows:
+        """The arrays of such rows as jax.ShapeDtypeStructs."""
+        values = jax.ShapeDtypeStruct((2 * self.num_held, num_inputs), jnp.int8)
+        blocks = jax.ShapeDtypeStruct((num_inputs // BLOCK, 2 * self.num_held), jnp.int32)
+        return IntegerRows(values, blocks, self.form, jnp.dtype(dtype))
 
 
 def _scales(largest: Array) -> Array:

@@ -6,14 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import compat
+from pallas_kernels.attention_norm.mosaic import defer_norm_mosaic
 from pallas_kernels.quantized_matmul import Product, deferred, project
-from pallas_kernels.quantized_matmul.integers import BLOCK, described, in_order, to_integers
+from pallas_kernels.quantized_matmul.integers import BLOCK, Integers, in_order, to_integers
 from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 from pallas_kernels.quantized_matmul.plan import Plan
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.stage_cases import normal, product_reference, weight
 from tests.pallas_kernels.test_compiled import array, few_bits, require_no_problems
-from tests.pallas_kernels.test_deferred import EPSILON, normalized
+from tests.pallas_kernels.test_deferred import EPSILON, normalized, output_stage
 from tests.pallas_kernels.tolerance import require_close
 from tests.thorough import thorough
 
@@ -27,7 +29,7 @@ def test_integers_stand_for_x_but_for_the_smallest_of_64_inputs(form):
     x = x.at[4, 70].set(500.0)
     rows = to_integers(x, form)
     assert (rows.shape, rows.values.dtype, rows.dtype) == (x.shape, jnp.int8, jnp.bfloat16)
-    assert jax.tree.map(lambda leaf: leaf.shape, described(320, form, "bfloat16")) == jax.tree.map(
+    assert jax.tree.map(lambda leaf: leaf.shape, Integers(form, few=False).described(320, "bfloat16")) == jax.tree.map(
         lambda leaf: leaf.shape, rows
     )
     floats, exact = np.asarray(rows.floats()), np.asarray(x, np.float32)
@@ -89,7 +91,7 @@ def test_a_deferred_norm_ends_in_products_of_four_rows(form):
 
 @pytest.mark.parametrize(("form", "few"), [("int4", True), *thorough([("int4", False), ("int8", True)])])
 def test_products_of_integers_are_one_launch_without_spills(compiler, form, few):
-    x, bias = described(8192, form, "bfloat16", few=few), array((32768,), "bfloat16")
+    x, bias = Integers(form, few).described(8192, "bfloat16"), array((32768,), "bfloat16")
     products = [
         Product(x, few_bits(form, 8192, 32768), 32768, bias, "gelu"),
         Product(x, few_bits(form, 8192, 128), 128),
@@ -98,3 +100,32 @@ def test_products_of_integers_are_one_launch_without_spills(compiler, form, few)
     require_no_problems(report)
     assert report.launches == ("mosaic_gpu_v2",)
     assert f"IGMMA.64x{8 if few else 16}x32.S8.S8" in report.log and "HGMMA" not in report.log
+
+
+@pytest.mark.parametrize("few", [True, *thorough([False])])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_output_stage_writes_its_rows_as_integers(monkeypatch, form, few):
+    monkeypatch.setattr(compat, "num_sms", lambda mesh=None: 2)
+    integers, stage = Integers(form, few), output_stage(form, (256,), 192, 2, 1)
+    with interpreted():
+        plan = Plan(2, 2, width=2)
+        out, made, moments = jax.block_until_ready(
+            defer_norm_mosaic(*stage, epsilon=EPSILON, plan=plan, integers=integers)
+        )
+        plain = jax.block_until_ready(defer_norm_mosaic(*stage, epsilon=EPSILON, plan=plan))
+    np.testing.assert_array_equal(out, plain[0])
+    np.testing.assert_array_equal(moments.tiles[..., :3], plain[2].tiles[..., :3])
+    for rows, floats in zip(made, plain[1], strict=True):
+        expected = integers.of(floats)
+        np.testing.assert_array_equal(rows.values, expected.values)
+        np.testing.assert_array_equal(rows.blocks, expected.blocks)
+
+
+@pytest.mark.parametrize(("form", "few"), [("int4", True), *thorough([("int8", False)])])
+def test_an_output_stage_with_integers_is_one_launch_without_spills(compiler, form, few):
+    column, rows, hidden = array((8192,), "bfloat16"), array((8, 8192), "bfloat16"), array((8, 32768), "bfloat16")
+    weights = [few_bits(form, 32768, 8192), few_bits(form, 8192, 8192)]
+    arguments = [hidden, rows], weights, [], rows, [(column, column)]
+    report = compiler.compile(defer_norm_mosaic, *arguments, epsilon=EPSILON, integers=Integers(form, few))
+    require_no_problems(report)
+    assert report.launches == ("mosaic_gpu_v2",)
