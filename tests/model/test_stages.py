@@ -143,6 +143,34 @@ def test_kernels_stay_within_twice_the_error_of_xla(name, weights):
     require_close(made, plain, exact)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "num_rows"), [("falcon-40b-alibi", "int4", 2), *thorough([("falcon-rw-1b", "int8", 3)])]
+)
+def test_input_stages_that_read_integers(monkeypatch, name, weights, num_rows):
+    config = dataclasses.replace(small(name), max_tokens=47)  # no other test's, whose traces would be taken
+    params, cache, ids = start(config, num_rows, 1, jnp.bfloat16, weights)
+    arguments, num_tokens = (config, params, cache, ids), jnp.ones(num_rows, jnp.int32)
+    monkeypatch.setattr(deferred, "reason_against_kernel", lambda: None)
+    plain, _ = through_stages(*arguments, num_tokens, "xla")
+    exact_cache = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, cache)
+    exact, _ = through_stages(config, model_params.cast(params, jnp.float32), exact_cache, ids, num_tokens, "xla")
+    jax.clear_caches()
+    read, project = [], stages.project
+
+    def noted(products, **options):
+        read.append({getattr(product.x, "num_held", None) for product in products})
+        return project(products, **options)
+
+    monkeypatch.setattr(stages, "integers_pay", lambda weights: True)
+    monkeypatch.setattr(stages, "project", noted)
+    by_xla, _ = through_stages(*arguments, num_tokens, "xla")
+    with interpreted():
+        made, _ = jax.block_until_ready(through_stages(*arguments, num_tokens, "mosaic"))
+    assert read and all(held == {4 if num_rows <= 2 else 8} for held in read)
+    require_close(by_xla, plain, exact)
+    require_close(made, plain, exact)
+
+
 def test_attention_beside_the_mlp_changes_nothing_else(monkeypatch):
     config = dataclasses.replace(small("falcon-7b"), num_layers=1)
     params, cache, ids = start(config, 3, 1, jnp.bfloat16)
