@@ -97,7 +97,8 @@ def test_eos_ends_its_row_alone_and_is_its_last_token(engine):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_batch_whose_rows_all_end_stops_at_once(engine, ahead):
     free, _ = run(engine, PROMPTS[:1])
-    stopping = Engine(dataclasses.replace(engine.model.config, eos_token_ids=(free[0][2],)), engine.params)
+    stopping = Engine(engine.model.config, engine.params)
+    stopping.eos_token_ids = np.array([free[0][2]], np.int32)
     generation = stopping.start(PROMPTS[:1], max_new_tokens=64, sampling=GREEDY, ahead=ahead)
     while not generation.finished:
         generation.next_chunk(1)  # where it goes ahead a call begins that has nothing to do
@@ -208,11 +209,12 @@ def test_calls_write_over_what_they_read_and_nothing_moves(engine, num_drafted, 
     assert all(array.is_deleted() for array in before)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, CHUNK])
+@pytest.mark.parametrize("chunk", [3, CHUNK, *thorough([1])])
 @pytest.mark.parametrize("num_drafted", [0, 3])
 def test_a_run_that_goes_ahead_makes_the_same(engine, num_drafted, chunk):
     free, _ = run(engine, PROMPTS)
-    stopping = Engine(dataclasses.replace(engine.model.config, eos_token_ids=(free[1][9],)), engine.params)
+    stopping = Engine(engine.model.config, engine.params)
+    stopping.eos_token_ids = np.array([free[1][9]], np.int32)
     for sampling in (GREEDY, Sampling(temperature=0.9, repetition_penalty=1.4)):
         options = {"max_new_tokens": 70, "sampling": sampling, "num_drafted": num_drafted, "chunk": chunk}
         waiting = run(stopping, PROMPTS, **options)

@@ -122,11 +122,12 @@ def test_without_a_gpu_the_switch_changes_nothing(cpu_devices):
 
 
 # What a GPU would be given, in a process that sees the compiler for one. A captured run shows in XLA's dump alone.
-COMPILED_FOR_A_GPU = """
-import sys
+COMPILED_FOR_A_GPU = r"""
+import dataclasses, re, sys
 from pathlib import Path
 import jax
 from jax.experimental import topologies
+from falcon_jax.config import PRESETS
 from falcon_jax.generate.engine import Engine
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.model import params
@@ -152,32 +153,8 @@ def is_in_a_graph(what, dtype, num_samples, **options):
 print(is_in_a_graph("end", "bfloat16", 1, cuda_graphs=False), is_in_a_graph("end", "bfloat16", 1))
 # The loop as a whole, where no kernel is ours: those this compiler takes into none.
 print(is_in_a_graph("kWhile", "float32", 4))
-"""
 
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler runs on Linux")
-def test_xla_captures_the_decoding_for_a_gpu_unless_told_otherwise(tmp_path):
-    environment = hopper._environment() | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
-    command = [sys.executable, "-c", COMPILED_FOR_A_GPU, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=hopper.ROOT, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["False True", "True"]
-
-
-LAUNCHES_OF_TWO_LAYERS = """
-import dataclasses, re, sys
-import jax
-from jax.experimental import topologies
-from falcon_jax.config import PRESETS
-from falcon_jax.generate.engine import Engine
-from falcon_jax.generate.sampling import Sampling
-from falcon_jax.model import params
-from pallas_kernels import compat
-from tests.pallas_kernels import hopper
-
-topology = topologies.get_topology_desc(platform="cuda", target_config=hopper.H100.read_text(), topology="1x1x1")
-layout = jax.sharding.SingleDeviceSharding(topology.devices[0])
+# The launches of a step of two layers, in order.
 config = dataclasses.replace(PRESETS["falcon-7b"], num_layers=2)
 shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), params.abstract(config, "bfloat16")
@@ -187,21 +164,35 @@ with compat.assume_capability(compat.HOPPER):
     text = decode.compile().as_text()
 for line in text.splitlines():
     if found := re.search(r"(.*) custom-call[(].*/(project|attention_norm|decode_attention)/", line):
-        print(found[2], "of the MLP" if f",{config.mlp_width}]" in found[1] else "")
+        print(found[2] + (" of the MLP" if f",{config.mlp_width}]" in found[1] else ""))
 """
+
+
+@pytest.fixture(scope="module")
+def compiled_for_a_gpu(tmp_path_factory) -> list[str]:
+    """What COMPILED_FOR_A_GPU prints."""
+    folder = tmp_path_factory.mktemp("dumped")
+    environment = hopper._environment() | {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text"}
+    command = [sys.executable, "-c", COMPILED_FOR_A_GPU, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=hopper.ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler runs on Linux")
+def test_xla_captures_the_decoding_for_a_gpu_unless_told_otherwise(compiled_for_a_gpu):
+    assert compiled_for_a_gpu[:2] == ["False True", "True"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler runs on Linux")
 @pytest.mark.skipif(not programs.AT_THE_SAME_TIME, reason="this JAX runs one after the other")
-def test_queries_keys_and_values_are_begun_before_the_mlp_that_runs_beside_attention():
+def test_queries_keys_and_values_are_begun_before_the_mlp_that_runs_beside_attention(compiled_for_a_gpu):
     """Begun behind it they would wait for the few multiprocessors that it leaves to attention."""
-    command = [sys.executable, "-c", LAUNCHES_OF_TWO_LAYERS]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=hopper.ROOT, env=hopper._environment())
-    assert result.returncode == 0, result.stderr
-    launches = [line.strip() for line in result.stdout.splitlines() if line]
+    launches = compiled_for_a_gpu[2:]
     of_mlp = [i for i, name in enumerate(launches) if name == "project of the MLP"]
-    assert [launches[i - 1] for i in of_mlp] == ["project"] * 2
+    assert len(of_mlp) == 2 and [launches[i - 1] for i in of_mlp] == ["project"] * 2
 
 
 @pytest.mark.gpu
