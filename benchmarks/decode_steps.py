@@ -113,8 +113,9 @@ class Steps:
                 return jax.device_put(leaf, sharding.rows_sharding(leaf.shape, mesh))
 
             state, request = jax.tree.map(place, (state, request))
-        options = Options(case.num_rows, case.most_tokens, sampling.kind, 0, ahead)
-        generation = Generation(engine, state, request, (None, *jax.device_put((sampling.values, NO_TOKEN))), options)
+        options = Options(case.most_tokens, sampling.kind, 0, ahead)
+        fixed = engine.everywhere((None, sampling.values, NO_TOKEN))
+        generation = Generation(engine, state, request, fixed, options)
         generation.next_chunk(1)
         return generation
 

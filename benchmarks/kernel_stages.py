@@ -26,7 +26,7 @@ from pallas_kernels import compat
 from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.reference import attention_norm_reference
 from pallas_kernels.quantized_matmul import Product, project, quantize
-from pallas_kernels.quantized_matmul.integers import IntegerRows, to_integers
+from pallas_kernels.quantized_matmul.integers import FEW_TOKENS, IntegerRows, to_integers
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch, output_launch
 from pallas_kernels.quantized_matmul.product import form_of, in_eights
 
@@ -113,7 +113,7 @@ class Variant:
         form = form_of(products[0].weight)
         if self.integers and form != "native":
             num_rows = len(products[0].x)
-            rows = to_integers(in_eights(products[0].x), form, few=num_rows <= 2)  # all read the same
+            rows = to_integers(in_eights(products[0].x), form, few=num_rows <= FEW_TOKENS)  # all read the same
             return [y[:num_rows] for y in self._project([dataclasses.replace(product, x=rows) for product in products])]
         return self._project(products)
 

@@ -109,11 +109,11 @@ class Engine:
         Raises:
           RequestError: the cache cannot hold that many tokens, or `num_drafted` does not fit.
         """
-        num_prompts, num_rows, kind = len(prompts), len(prompts) * num_samples, sampling.kind
+        num_prompts, kind = len(prompts), sampling.kind
         self.check(max(map(len, prompts)), num_prompts, num_samples, max_new_tokens, num_drafted)
         cache, last = self._prefill(prompts, max_new_tokens, num_samples)
         keys = None if kind.greedy else row_keys(seed, num_prompts, num_samples)
-        fixed = self._everywhere((keys, sampling.values, self.eos_token_ids))
+        fixed = self.everywhere((keys, sampling.values, self.eos_token_ids))
         seen = history = None
         if kind.repetition:
             mask = batching.seen_tokens(prompts, self.model.config.vocab_size)
@@ -123,7 +123,7 @@ class Engine:
             (history,) = self._rows(np.repeat(token_ids, num_samples, axis=0))
         begin = (self.params, last, cache.lengths, np.int32(max_new_tokens), seen, history, *fixed)
         rows, chunk, request = first_token(*begin, model=self.model, kind=kind, num_drafted=num_drafted)
-        options = Options(num_rows, max_new_tokens, kind, num_drafted, ahead and max_new_tokens > 1)
+        options = Options(max_new_tokens, kind, num_drafted, ahead and max_new_tokens > 1)
         return Generation(self, DecodeState(cache, rows, chunk), request, fixed, options)
 
     def check(
@@ -254,16 +254,15 @@ class Engine:
             return tuple(jax.device_put(array) for array in arrays)
         return tuple(jax.device_put(array, sharding.batch_sharding(array.shape, mesh)) for array in arrays)
 
-    def _everywhere(self, tree):
+    def everywhere(self, tree):
         """Arrays on the device, or whole on each of the mesh."""
         return jax.device_put(tree, None if self.model.mesh is None else sharding.replicated(self.model.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Of a run: its rows, the most tokens that each gets, and the rest as for `Engine.start`."""
+    """Of a run: the most tokens that each row gets, and the rest as for `Engine.start`."""
 
-    num_rows: int
     max_new_tokens: int
     kind: SamplingKind
     num_drafted: int
@@ -283,6 +282,7 @@ class Generation:
         bring there anew might lie elsewhere each time.
 
     Attributes:
+      num_rows: B.
       left: [B] tokens that each row may still get.
       done: [B] rows that get no more.
       num_steps: [B] passes of the model that each row took part in, its prompt's not counted. Plain decoding makes one
@@ -290,7 +290,7 @@ class Generation:
     """
 
     def __init__(self, engine: Engine, state: DecodeState, request: Request, fixed: Fixed, options: Options):
-        num_rows = options.num_rows
+        self.num_rows = num_rows = len(request.stopped)
         self.left = np.full(num_rows, options.max_new_tokens, np.int32)
         self.done = np.zeros(num_rows, bool)
         self.num_steps = np.zeros(num_rows, np.int32)
@@ -302,10 +302,6 @@ class Generation:
         self._request, self._asked = request, (CHUNK, frozenset[int]())
         self._state = state
         self._begun: tuple[Made, int] | None = self._made(), 0  # what has not been read
-
-    @property
-    def num_rows(self) -> int:
-        return self._options.num_rows
 
     @property
     def finished(self) -> bool:

@@ -37,7 +37,7 @@ from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm, attention_norm_deferred, new_meeting
 from pallas_kernels.peers import Addresses
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Moments, Product, deferred, in_eights, project
-from pallas_kernels.quantized_matmul.integers import Integers
+from pallas_kernels.quantized_matmul.integers import FEW_TOKENS, Integers
 from pallas_kernels.sharded import HEAD_AXIS
 
 if TYPE_CHECKING:
@@ -133,7 +133,9 @@ def run(
         attention_sms = beside.attention_sms(*shape, compat.num_sms())
     mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
     integers = (
-        Integers(decoder.weights, few=B * T <= 2) if defers and is_one and integers_pay(decoder.weights) else None
+        Integers(decoder.weights, few=B * T <= FEW_TOKENS)
+        if defers and is_one and integers_pay(decoder.weights)
+        else None
     )
     shared = _Shared(step, implementation, mesh, defers, integers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))

@@ -17,7 +17,14 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.instructions import REF, add, do, element, inlined, integer, multiply, own_thread, shared_address
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.integers import CODE_OFFSET, FEW_ROWS, LOW_BITS, ROWS_AT_ONCE, to_integers
+from pallas_kernels.quantized_matmul.integers import (
+    CODE_OFFSET,
+    FEW_TOKENS,
+    LOW_BITS,
+    NUM_AFFINE,
+    ROWS_AT_ONCE,
+    to_integers,
+)
 from pallas_kernels.quantized_matmul.rows import ROWS, own_place
 
 MATRIX = plgpu.Layout.WGMMA
@@ -111,10 +118,10 @@ def store_integers(values: Any, blocks: Any, x: Any, form: str, *, interpretable
         )
         held, is_held = row, mgpu.c(True, ir.IntegerType.get_signless(1))
         if num_held < ROWS_AT_ONCE:
-            num_first = FEW_ROWS.index(ROWS_AT_ONCE - 2)
-            is_first = arith.cmpi(arith.CmpIPredicate.ult, row, integer(num_first))
-            is_last = arith.cmpi(arith.CmpIPredicate.uge, row, integer(ROWS_AT_ONCE - 2))
-            held = arith.select(is_first, row, add(row, num_first - (ROWS_AT_ONCE - 2)))
+            first_affine = ROWS_AT_ONCE - NUM_AFFINE
+            is_first = arith.cmpi(arith.CmpIPredicate.ult, row, integer(FEW_TOKENS))
+            is_last = arith.cmpi(arith.CmpIPredicate.uge, row, integer(first_affine))
+            held = arith.select(is_first, row, add(row, FEW_TOKENS - first_affine))
             is_held = arith.ori(is_first, is_last)
         start = add(shared_address(values), multiply(held, 2 * TILE), first)
         for number, place in zip(integers, places, strict=True):

@@ -36,7 +36,9 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels.quantized_matmul.formats import ROWS_AT_ONCE, require_form
 
 BLOCK = 64  # inputs that share a scale
-FEW_ROWS = (0, 1, 6, 7)  # two tokens', and the last two, where a deferred norm has its scale and shift
+FEW_TOKENS = 2
+NUM_AFFINE = 2  # the last rows, where a deferred norm has its scale and shift
+FEW_ROWS = (*range(FEW_TOKENS), *range(ROWS_AT_ONCE - NUM_AFFINE, ROWS_AT_ONCE))
 LOW_BITS = 7
 CODE_OFFSET = {"int8": 0, "int4": 8}  # that codes have as integers
 _IN_WORD = {"int4": (1, 2, 0), "int8": (1, 0, 2)}  # q, e, h and q, h, e
@@ -99,7 +101,7 @@ def to_integers(x: Float[Array, "R I"], form: str, *, few: bool = False) -> Inte
     require_form(form)
     if x.shape[0] != ROWS_AT_ONCE or x.shape[1] % BLOCK:
         raise ValueError(f"x is {x.shape}; as integers it is {ROWS_AT_ONCE} rows of a multiple of {BLOCK}")
-    x = jnp.concatenate([x[:2], x[-2:]]) if few else x  # FEW_ROWS
+    x = jnp.concatenate([x[:FEW_TOKENS], x[-NUM_AFFINE:]]) if few else x  # FEW_ROWS
     num_rows, num_inputs = x.shape
     ordered = in_order(x.astype(jnp.float32), form).reshape(num_rows, -1, BLOCK)
     scales = _scales(jnp.max(jnp.abs(ordered), axis=-1))

@@ -33,7 +33,7 @@ from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, stor
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments, integer_fragments
 from pallas_kernels.quantized_matmul.integer_sums import BY_ROWS, sum_of_blocks
-from pallas_kernels.quantized_matmul.integers import BLOCK, IntegerRows
+from pallas_kernels.quantized_matmul.integers import BLOCK, NUM_AFFINE, IntegerRows
 from pallas_kernels.quantized_matmul.plan import Launch, Plan
 from pallas_kernels.quantized_matmul.rows import HALF_ROWS, ROWS, load
 
@@ -57,9 +57,10 @@ def scratch(launch: Launch, num_rows: int, *, integers: IntegerRows | None = Non
     form, plan = launch.form, launch.plan
     W, stages, width, groups = plan.warpgroups, plan.stages, plan.width, plan.groups
     num_copies = 1 + (integers is not None) + (width if form == "native" else 2 * width)
-    buffers: dict[str, Any] = {"x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16)}
-    if integers is not None:
-        buffers["x"] = integer_rows(W, stages, 2 * integers.num_held, groups * GROUP)
+    if integers is None:
+        buffers: dict[str, Any] = {"x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16)}
+    else:
+        buffers = {"x": integer_rows(W, stages, 2 * integers.num_held, groups * GROUP)}
         blocks = W, stages, groups * (GROUP // BLOCK), 2 * integers.num_held
         buffers["x_blocks"] = plgpu.SMEM(blocks, jnp.int32)
     buffers |= {
@@ -359,7 +360,8 @@ class Stream:
     @property
     def affine_rows(self) -> tuple[int, int]:
         """Where the sums have the products of a deferred norm's scale and shift: the last two."""
-        return self.num_held - 2, self.num_held - 1
+        first = self.num_held - NUM_AFFINE
+        return first, first + 1
 
     def gathered(self, number: Any, half: int | None = None, row: int | None = None) -> Any:
         """What all warpgroups have left of a tile, added up in their order: float32 [R, 64 outputs], as ROWS.

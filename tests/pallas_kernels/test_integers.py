@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
+from pallas_kernels.attention_norm import attention_norm_deferred
 from pallas_kernels.attention_norm.mosaic import defer_norm_mosaic
 from pallas_kernels.quantized_matmul import Product, deferred, project
 from pallas_kernels.quantized_matmul.integers import BLOCK, Integers, in_order, to_integers
@@ -117,10 +118,39 @@ def test_an_output_stage_writes_its_rows_as_integers(monkeypatch, form, few):
         plain = jax.block_until_ready(defer_norm_mosaic(*stage, epsilon=EPSILON, plan=plan))
     np.testing.assert_array_equal(out, plain[0])
     np.testing.assert_array_equal(moments.tiles[..., :3], plain[2].tiles[..., :3])
-    for rows, floats in zip(made, plain[1], strict=True):
-        expected = integers.of(floats)
-        np.testing.assert_array_equal(rows.values, expected.values)
-        np.testing.assert_array_equal(rows.blocks, expected.blocks)
+    require_same_integers(made, [integers.of(floats) for floats in plain[1]])
+
+
+def require_same_integers(made, expected):
+    for rows, others in zip(made, expected, strict=True):
+        np.testing.assert_array_equal(rows.values, others.values)
+        np.testing.assert_array_equal(rows.blocks, others.blocks)
+
+
+# What interpretation has array operations for: rows that become integers, their places, and the sums of products.
+@pytest.mark.gpu
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_on_a_gpu_integers_are_those_of_xla_and_so_are_their_products(form, few):
+    integers, stage = Integers(form, few), output_stage(form, (8192,), 2048, 2, 1)
+    out, made, moments = defer_norm_mosaic(*stage, epsilon=EPSILON, integers=integers)
+    plain_out, floats, _ = defer_norm_mosaic(*stage, epsilon=EPSILON)
+    np.testing.assert_array_equal(out, plain_out)
+    require_same_integers(made, [integers.of(rows) for rows in floats])
+
+    w, num_tokens, norm = weight(1, 2048, 8192, form), 2 if few else 6, stage[-1][0]
+    [found] = project([Product(made[0], w, 8192)], moments=moments, implementation="mosaic")
+    [plain] = project([Product(floats[0], w, 8192)], moments=moments, implementation="xla")
+    exact = product_reference(Product(normalized(out.astype(jnp.float32), norm), w, 8192))
+    require_close(found[:num_tokens], plain[:num_tokens], exact[:num_tokens])
+
+
+def test_over_several_devices_no_integers_are_made(cpu_devices):
+    xs, weights, _, residual, norms = output_stage("int4", (128,), 128, 1, 0)
+    mesh = jax.make_mesh((2,), ("tensor",), devices=cpu_devices[:2])
+    options = {"epsilon": EPSILON, "mesh": mesh, "integers": Integers("int4", few=True)}
+    with pytest.raises(NotImplementedError, match="integers are made on one device"):
+        attention_norm_deferred(xs, weights, residual, norms, **options)
 
 
 @pytest.mark.parametrize(("form", "few"), [("int4", True), *thorough([("int8", False)])])
