@@ -134,10 +134,8 @@ class Graphs(Job):
         model.engine.eos_token_ids = np.array([-1], np.int32)  # no id: nothing ends early
         prompt = Workload(1, GRAPH_PROMPT_TOKENS, self.num_steps).prompts(self.config).tolist()
         generation = model.engine.start(prompt, max_new_tokens=self.num_steps + 1, sampling=Sampling(), ahead=True)
-        tokens: list[int] = [
-            *generation.next_chunk()[0][0],
-            *generation.next_chunk()[0][0],
-        ]  # the first begins the second, which compiles
+        # The first one, the prompt's, begins the second, which compiles.
+        tokens: list[int] = [*generation.next_chunk()[0][0], *generation.next_chunk()[0][0]]
         num_before, begin = len(tokens), time.perf_counter()
         while not generation.finished:
             tokens += generation.next_chunk()[0][0]

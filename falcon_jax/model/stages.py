@@ -132,11 +132,9 @@ def run(
         shape = decoder.config, decoder.weights, B, cache.capacity
         attention_sms = beside.attention_sms(*shape, compat.num_sms())
     mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
-    integers = (
-        Integers(decoder.weights, few=B * T <= FEW_TOKENS)
-        if defers and is_one and integers_pay(decoder.weights)
-        else None
-    )
+    integers = None
+    if defers and is_one and integers_pay(decoder.weights):
+        integers = Integers(decoder.weights, few=B * T <= FEW_TOKENS)
     shared = _Shared(step, implementation, mesh, defers, integers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))
     meetings = new_meeting(residual.shape[0], D), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
