@@ -1,4 +1,4 @@
-"""Layers of a model without their attention, few rows at a time, as loops that decoding would run: ours and XLA's.
+"""Layers of a model without their attention, as loops that decoding or a prompt would run: ours and XLA's.
 
 A program is a chain of layers, each with weights of its own, so that launches follow one another as in decoding and no
 weight is still in the second-level cache. One program has output stages alone, the other input stages as well; the
@@ -11,8 +11,8 @@ hence many layers in a round, and many rounds.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,10 @@ from falcon_jax.generate.programs import WITHOUT_CUDA_GRAPHS
 from pallas_kernels import compat
 from pallas_kernels.attention_norm import attention_norm, new_meeting
 from pallas_kernels.attention_norm.reference import attention_norm_reference
-from pallas_kernels.quantized_matmul import Product, project, quantize
-from pallas_kernels.quantized_matmul.integers import FEW_TOKENS, IntegerRows, to_integers
+from pallas_kernels.quantized_matmul import MAX_ROWS, Product, project, quantize
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch, output_launch
-from pallas_kernels.quantized_matmul.product import form_of, in_eights
+from pallas_kernels.quantized_matmul.product import form_of
+from pallas_kernels.quantized_matmul.wide_plan import WidePlan, default_plan
 
 PLAIN = "XLA"
 PARTS = ("output", "both")
@@ -37,6 +37,7 @@ CHAIN_BYTES = {"cpu": 2**20, "gpu": 2 * 2**30}
 MAX_LAYERS, MIN_LAYERS = 24, 2
 SECONDS = {"cpu": 0.01, "gpu": 0.05}  # that a program takes, roughly
 GUESSED_BYTES_PER_S = {"cpu": 5e9, "gpu": 4e12}
+GUESSED_FLOPS = {"cpu": 5e10, "gpu": 6e14}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +60,29 @@ class StageCase:
 
     def layer(self, key: Array) -> dict[str, Any]:
         """Random weights of one layer."""
-        D, attended = self.config.width, self.outputs["query"]
-        sizes = {name: (D, size) for name, size in self.outputs.items()}
-        sizes |= {"output": (attended, D), "down": (self.config.mlp_width, D)}
         return {
             name: _weight(jax.random.fold_in(key, i), *size, self.weights)
-            for i, (name, size) in enumerate(sizes.items())
+            for i, (name, size) in enumerate(self.sizes.items())
         }
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each projection."""
+        D, attended = self.config.width, self.outputs["query"]
+        sizes = {name: (D, size) for name, size in self.outputs.items()}
+        return sizes | {"output": (attended, D), "down": (self.config.mlp_width, D)}
 
     def bytes_of(self, layer: dict[str, Any], part: str) -> int:
         """Bytes of weights that a layer reads."""
-        names = ("output", "down") if part == "output" else tuple(layer)
-        return sum(array.nbytes for name in names for array in jax.tree.leaves(layer[name]))
+        return sum(array.nbytes for name in _of_part(part, layer) for array in jax.tree.leaves(layer[name]))
+
+    def flops(self, part: str) -> int:
+        """That a layer's products take."""
+        return sum(2 * self.num_rows * math.prod(self.sizes[name]) for name in _of_part(part, self.sizes))
+
+
+def _of_part(part: str, projections: Iterable[str]) -> Iterable[str]:
+    return ("output", "down") if part == "output" else projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,31 +90,29 @@ class Variant:
     """A way of running ours.
 
     cuda_graphs: off launches each by itself.
-    integers: whether the input stage's x is made integers first, by XLA, where its weights have few bits; four rows of
-      them for one or two.
-    plan: what a launch's Plan has beside its default: pairs of a field and its value, of both stages.
+    plan: what a launch's Plan (for many rows WidePlan) has beside its default: pairs of a field and its value, of both
+      stages.
     """
 
     cuda_graphs: bool = True
-    integers: bool = False
     plan: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Variant":
         """From names and values. Raises: RequestError where there is no such setting, or no such value."""
-        own = {name: value for name, value in settings.items() if name in ("cuda_graphs", "integers")}
+        own = {name: value for name, value in settings.items() if name == "cuda_graphs"}
         for name, value in own.items():
             if not isinstance(value, bool):
                 raise RequestError(f"--variants {name} is {value}; it must be true or false")
         rest = {name: value for name, value in settings.items() if name not in own}
-        known = [field.name for field in dataclasses.fields(Plan)]
+        known = dict.fromkeys(field.name for plan in (Plan, WidePlan) for field in dataclasses.fields(plan))
         for name in rest:
             if name not in known:
-                raise RequestError(f"--variants {name} is unknown; known are cuda_graphs, integers, {', '.join(known)}")
+                raise RequestError(f"--variants {name} is unknown; known are cuda_graphs, {', '.join(known)}")
         return cls(**own, plan=tuple(rest.items()))
 
     def __str__(self) -> str:
-        words = ["no graphs"] * (not self.cuda_graphs) + ["integers"] * self.integers
+        words = ["no graphs"] * (not self.cuda_graphs)
         return " ".join(["ours", *words, *(f"{name}={value}" for name, value in self.plan)])
 
     @property
@@ -110,34 +120,38 @@ class Variant:
         return None if self.cuda_graphs else WITHOUT_CUDA_GRAPHS
 
     def project(self, products: list[Product]) -> list[Array]:
-        form = form_of(products[0].weight)
-        if self.integers and form != "native":
-            num_rows = len(products[0].x)
-            rows = to_integers(in_eights(products[0].x), form, few=num_rows <= FEW_TOKENS)  # all read the same
-            return [y[:num_rows] for y in self._project([dataclasses.replace(product, x=rows) for product in products])]
-        return self._project(products)
-
-    def _project(self, products: list[Product]) -> list[Array]:
         if not self.plan:
             return project(products, implementation="mosaic")
+        weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
+        if (rows := products[0].num_rows) > MAX_ROWS:
+            from pallas_kernels.quantized_matmul.wide import project_wide
+
+            return project_wide(products, plan=self._changed(self._wide_plan(weights, rows, outputs)))
         from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
-        weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
-        integers = isinstance(products[0].x, IntegerRows)
-        launch = input_launch(weights, outputs, products[0].num_rows, compat.num_sms(), integers=integers)
+        launch = input_launch(weights, outputs, rows, compat.num_sms())
         return project_mosaic(products, plan=self._changed(launch.plan))
 
     def attention_norm(self, xs: list[Array], weights: list[Any], residual: Array, norms: Any, **options: Any) -> Any:
         if not self.plan:
             return attention_norm(xs, weights, residual, norms, **options, implementation="mosaic")
+        rows, width = residual.shape
+        meeting = options.pop("meeting")
+        if rows > MAX_ROWS:
+            from pallas_kernels.attention_norm.wide import attention_norm_wide
+
+            plan = self._changed(self._wide_plan(weights, rows, [width]))
+            return attention_norm_wide(xs, weights, [], residual, norms, meeting, **options, plan=plan)
         from pallas_kernels.attention_norm.mosaic import attention_norm_mosaic
 
-        rows, width = residual.shape
         launch = output_launch(weights, width, rows, len(norms), compat.num_sms())
-        meeting, plan = options.pop("meeting"), self._changed(launch.plan)
+        plan = self._changed(launch.plan)
         return attention_norm_mosaic(xs, weights, [], residual, norms, meeting, **options, plan=plan)
 
-    def _changed(self, plan: Plan) -> Plan:
+    def _wide_plan(self, weights: Sequence[Any], num_rows: int, num_outputs: Sequence[int]) -> WidePlan:
+        return default_plan(form_of(weights[0]), num_rows, num_outputs, compat.num_sms())
+
+    def _changed[P: (Plan, WidePlan)](self, plan: P) -> P:
         return dataclasses.replace(plan, **dict(self.plan))
 
 
@@ -194,17 +208,27 @@ def run_layer(case: StageCase, part: str, way: Variant | Plain, weights: dict[st
     return residual, normed, hidden, meeting
 
 
-def contestants(case: StageCase, variants: Sequence[Variant] = ()) -> tuple[list[Entry], dict[str, int]]:
-    """Compiled and, over one layer, compared with float32; and what each program runs: layers, and bytes a layer."""
+class Work(NamedTuple):
+    """What a program does: layers, and of each part of one the bytes of weights and its products' FLOPs."""
+
+    num_layers: int
+    num_bytes: dict[str, int]
+    flops: dict[str, int]
+
+
+def contestants(case: StageCase, variants: Sequence[Variant] = ()) -> tuple[list[Entry], Work]:
+    """Compiled and, over one layer, compared with float32; and what each program does."""
     backend = jax.default_backend()
     key = jax.random.key(0)
     first = case.layer(key)
-    num_layers = max(
-        MIN_LAYERS, min(MAX_LAYERS, math.ceil(CHAIN_BYTES.get(backend, 2**30) / case.bytes_of(first, "both")))
-    )
+    num_bytes = {part: case.bytes_of(first, part) for part in PARTS}
+    num_layers = max(MIN_LAYERS, min(MAX_LAYERS, math.ceil(CHAIN_BYTES.get(backend, 2**30) / num_bytes["both"])))
     layers = [first, *(case.layer(jax.random.fold_in(key, 100 + i)) for i in range(num_layers - 1))]
-    guessed = case.bytes_of(first, "both") * num_layers / GUESSED_BYTES_PER_S.get(backend, 1e12)
-    num_rounds = max(1, round(SECONDS.get(backend, 0.05) / guessed))
+    guessed = max(
+        num_bytes["both"] / GUESSED_BYTES_PER_S.get(backend, 1e12),
+        case.flops("both") / GUESSED_FLOPS.get(backend, 1e14),
+    )
+    num_rounds = max(1, round(SECONDS.get(backend, 0.05) / (guessed * num_layers)))
     carry, fixed = _activations(case)
 
     def chain(part: str, way: Variant | Plain, layers: Any, carry: Any, fixed: Any) -> tuple[Any, ...]:
@@ -233,8 +257,13 @@ def contestants(case: StageCase, variants: Sequence[Variant] = ()) -> tuple[list
         checks.append(Program(f"{way}, one layer", function, (first, carry, fixed), num_checked=2, **rest))
     reference = Program("float32", exact, (first, carry, fixed))
     entries = prepare(Group([*checks, *chains], reference, f"{PLAIN}, one layer"))
-    sizes = {part: case.bytes_of(first, part) for part in PARTS}
-    return entries, {"layers": num_layers * num_rounds, **sizes}
+    return entries, Work(
+        num_layers * num_rounds, _with_input(num_bytes), _with_input({part: case.flops(part) for part in PARTS})
+    )
+
+
+def _with_input(of: dict[str, int]) -> dict[str, int]:
+    return of | {"input": of["both"] - of["output"]}
 
 
 def _activations(case: StageCase) -> tuple[Any, Any]:

@@ -1,10 +1,11 @@
-"""Times the fused stages of decoding beside the read limit and XLA's own, in one run.
+"""Times the fused stages of decoding and of prompts beside the read limit and XLA's own, in one run.
 
 What is measured: one layer's input and output stage, without attention (kernel_stages.py). Each is checked against
 float32 before it is timed, and a wrong one gets no figure. Progress goes to stderr, a table to stdout, and the last
 line is one JSON document. The exit code is 1 if one of ours was wrong or failed.
 
 python benchmarks/stages.py --save stages-h200
+python benchmarks/stages.py --models falcon-40b-alibi --rows 512 1024 2048 4096 --save stages-prompts-h200
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[1]
 READ_BYTES = {"cpu": 2**28, "gpu": 2**31}  # more than any cache holds
 NUM_TURNS = 7
+MAX_ROWS = 4096  # a prompt's, of one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Arguments:
     weights: tuple[str, ...] = ("native", "int8", "int4")
     """Forms of the weights."""
     rows: tuple[int, ...] = (8, 16)
-    """Rows at once; the kernels take eight at a time."""
+    """Rows at once: up to 64 as in decoding, by eights; more as in prompts."""
     variants: tuple[str, ...] = ()
-    """Other ways of running ours, each as in cuda_graphs=false,integers=true,warpgroups=6,stages=2: the last ones are
-    fields of the plans of both stages (pallas_kernels/quantized_matmul/plan.py)."""
+    """Other ways of running ours, each as in cuda_graphs=false,warpgroups=6,stages=2: the last ones are fields of the
+    plans of both stages (pallas_kernels/quantized_matmul/plan.py; of more than 64 rows wide_plan.py)."""
     save: str | None = None
     """Also writes the document to benchmarks/results/SAVE.json, anew after each case."""
 
@@ -58,9 +60,9 @@ def main(arguments: Arguments) -> dict[str, Any]:
             for num_rows in arguments.rows:
                 case = kernel_stages.StageCase(name, PRESETS[name], weights, num_rows)
                 command.say(str(case))
-                entries, sizes = kernel_stages.contestants(case, variants)
+                entries, work = kernel_stages.contestants(case, variants)
                 kernel_turns.take_turns([entry for entry in entries if "one layer" not in entry.name], NUM_TURNS)
-                document["cases"].append(result := report(case, entries, sizes, limit))
+                document["cases"].append(result := report(case, entries, work, limit))
                 print(*lines(result), sep="\n", flush=True)
                 command.save(document, arguments.save)
     return document
@@ -73,8 +75,8 @@ def check(arguments: Arguments) -> None:
 
     command.check_known("models", arguments.models, PRESETS)
     command.check_known("weights", arguments.weights, WEIGHTS)
-    if any(not 1 <= rows <= 64 for rows in arguments.rows):
-        raise RequestError(f"--rows is {arguments.rows}; each must be from 1 to 64")
+    if any(not 1 <= rows <= MAX_ROWS for rows in arguments.rows):
+        raise RequestError(f"--rows is {arguments.rows}; each must be from 1 to {MAX_ROWS}")
     command.check_name(arguments.save)
 
 
@@ -85,30 +87,36 @@ def variants_of(arguments: Arguments) -> "list[Variant]":
     return [Variant.of(command.parse_variant(words)) for words in arguments.variants]
 
 
-def report(case: Any, entries: list[Any], sizes: dict[str, int], limit: float) -> dict[str, Any]:
-    """A case as it stands in the document: microseconds a layer, and the share of the read limit."""
+def report(case: Any, entries: list[Any], work: Any, limit: float) -> dict[str, Any]:
+    """A case as it stands in the document: microseconds a layer, the share of the read limit, and TFLOP/s."""
+
+    def figures(part: str, seconds: float) -> dict[str, float]:
+        rates = {
+            "share_of_read_limit": work.num_bytes[part] / seconds / limit,
+            "tflops": work.flops[part] / seconds / 1e12,
+        }
+        return {"us": seconds * 1e6, **rates}
+
     results = []
     for entry in entries:
         result = {"name": entry.name, "reason": entry.reason, "failed": entry.failed, "error": entry.error}
         if entry.seconds is not None:
-            seconds = entry.seconds / sizes["layers"]
-            num_bytes = sizes[entry.name.split(", ")[1]]
-            result |= {"us": seconds * 1e6, "share_of_read_limit": num_bytes / seconds / limit}
+            result |= figures(entry.name.split(", ")[1], entry.seconds / work.num_layers)
         results.append(result)
     by_name = {result["name"]: result for result in results}
     for name in dict.fromkeys(result["name"].split(", ")[0] for result in results):
         both, output = (by_name[f"{name}, {part}"].get("us") for part in ("both", "output"))
         if both and output and both > output:
-            us, num_bytes = both - output, sizes["both"] - sizes["output"]
-            results.append({"name": f"{name}, input", "us": us, "share_of_read_limit": num_bytes / us * 1e6 / limit})
-    return {"case": str(case), "bytes": {part: sizes[part] for part in ("output", "both")}, "results": results}
+            results.append({"name": f"{name}, input"} | figures("input", (both - output) / 1e6))
+    return {"case": str(case), "bytes": work.num_bytes, "flops": work.flops, "results": results}
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     made = [result["case"]]
     for row in result["results"]:
         if "us" in row:
-            made.append(f"  {row['name']:14} {row['us']:8.1f} us  {row['share_of_read_limit']:6.1%} of the read limit")
+            rates = f"{row['share_of_read_limit']:6.1%} of the read limit, {row['tflops']:6.1f} TFLOP/s"
+            made.append(f"  {row['name']:14} {row['us']:8.1f} us  {rates}")
         elif row["reason"]:
             made.append(f"  {row['name']:14} {row['reason']}")
     return made

@@ -37,7 +37,6 @@ from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm, attention_norm_deferred, new_meeting
 from pallas_kernels.peers import Addresses
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Moments, Product, deferred, in_eights, project
-from pallas_kernels.quantized_matmul.integers import FEW_TOKENS, Integers
 from pallas_kernels.sharded import HEAD_AXIS
 
 if TYPE_CHECKING:
@@ -53,14 +52,6 @@ def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
     are quantized. Native prompts have been compared by 1,024 rows, where neither way is faster.
     """
     return weights != "native" or (num_tokens <= MAX_ROWS and not cache_is_empty)
-
-
-def integers_pay(weights: str) -> bool:
-    """Whether input stages read x as integers (pallas_kernels/quantized_matmul/integers.py), by the weights' form.
-
-    None does: that has not run on a GPU.
-    """
-    return False
 
 
 def reason_against(decoder: FalconDecoder, num_tokens: int) -> str | None:
@@ -132,10 +123,7 @@ def run(
         shape = decoder.config, decoder.weights, B, cache.capacity
         attention_sms = beside.attention_sms(*shape, compat.num_sms())
     mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
-    integers = None
-    if defers and is_one and integers_pay(decoder.weights):
-        integers = Integers(decoder.weights, few=B * T <= FEW_TOKENS)
-    shared = _Shared(step, implementation, mesh, defers, integers, attention_sms, *places)
+    shared = _Shared(step, implementation, mesh, defers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))
     meetings = new_meeting(residual.shape[0], D), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
     kept = []
@@ -150,10 +138,9 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Normed:
-    """What is read of a residual: rows [R, D] for each of its norms, maybe as integers. moments: of norms that end
-    where they are read."""
+    """What is read of a residual: rows [R, D] for each of its norms. moments: of norms that end where they are read."""
 
-    rows: list[Any]
+    rows: list[Float[Array, "R D"]]
     moments: Moments | None = None
 
 
@@ -174,7 +161,7 @@ class _Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class _Shared:
-    """What all layers share. defers: whether norms that an input stage reads end there; integers: as which it has them.
+    """What all layers share. defers: whether norms that an input stage reads end there.
     attention_sms: as beside.py has it.
     rotary: cos and sin by which it rotates; places: where it puts keys and values; None where that is done after it."""
 
@@ -182,12 +169,11 @@ class _Shared:
     implementation: str | None
     mesh: _Mesh
     defers: bool
-    integers: Integers | None
     attention_sms: int
     rotary: tuple[Float[Array, "R 32"], Float[Array, "R 32"]] | None
     places: Int[Array, " tokens"] | None
 
-    def product(self, name: str, projection: Linear, x: Any, **rest: Any) -> Product:
+    def product(self, name: str, projection: Linear, x: Array, **rest: Any) -> Product:
         return projection.product(x, is_split=self.mesh.split[name], **rest)
 
     def project(self, products: list[Product], moments: Moments | None, num_sms: int | None = None) -> list[Array]:
@@ -207,8 +193,7 @@ class _Shared:
     def normalize(self, residual: Float[Array, "R D"], norms: list[LayerNorm]) -> _Normed:
         """What the first input stage reads, which no output stage has made."""
         if self.defers:
-            rows, moments = deferred.begin(residual, [norm.affine() for norm in norms], norms[0].epsilon)
-            return _Normed(rows if self.integers is None else [self.integers.of(x) for x in rows], moments)
+            return _Normed(*deferred.begin(residual, [norm.affine() for norm in norms], norms[0].epsilon))
         return _Normed([norm(residual) for norm in norms])
 
 
@@ -268,7 +253,7 @@ def _layer(
             **shared.mesh.of_output(inputs),
         }
         if defers:
-            residual, rows, moments = attention_norm_deferred(*arguments, integers=shared.integers, **options)
+            residual, rows, moments = attention_norm_deferred(*arguments, **options)
             return residual, _Normed(rows, moments)
         residual, rows, meeting = attention_norm(*arguments, meeting=meeting, **options)
         return residual, _Normed(rows)
