@@ -24,13 +24,18 @@ def barrier() -> Any:
 
 def expect(barrier: ir.Value, warpgroup: ir.Value, num_bytes: ir.Value) -> None:
     """In emitted code: makes this block's barrier ready for so many bytes. All threads of all blocks come here once."""
+    make_ready(barrier, warpgroup, num_bytes)
+    do("barrier.cluster.arrive.relaxed;")
+
+
+def make_ready(barrier: ir.Value, warpgroup: ir.Value, num_bytes: ir.Value) -> None:
+    """`expect` of one more barrier, before the last one's."""
     is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warpgroup, own_thread()), integer(0))
     with mgpu.utils.when(is_first):
         at = shared_address(barrier)
         do("mbarrier.init.shared::cta.b64 [$0], 1;", at)
         do("fence.mbarrier_init.release.cluster;")
         do("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", at, num_bytes)
-    do("barrier.cluster.arrive.relaxed;")
 
 
 def wait_for_all_open() -> None:
@@ -51,6 +56,12 @@ def wait_for_all_sent(barrier: Any) -> None:
         nvvm.mbarrier_try_wait_parity(mgpu.utils.memref_ptr(barrier), integer(0), integer(10_000_000))
 
     emit(barrier)
+
+
+def send1(address: ir.Value, value: ir.Value, barrier: ir.Value, predicate: ir.Value) -> None:
+    """In emitted code: one float32 on its way, from threads of which that is said."""
+    ptx = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2];"
+    do(ptx, address, value, barrier, predicate=predicate)
 
 
 def send4(address: ir.Value, values: Sequence[ir.Value], barrier: ir.Value) -> None:

@@ -78,10 +78,8 @@ class Attention(nnx.Module):
         keys, arguments = self._rotate_late(keys, step), step.attention_arguments()
         if q.shape[1] > 1:
             return flash_attention.attention(q, keys, values, query_offset=step.offsets, **arguments), counters
-        # A row that has ended reads nothing: its garbage would cost as much as a living row's keys.
-        lengths = jnp.where(step.ends > step.offsets, step.offsets + 1, 0)
         out, counters = decode_attention.decode_attention_in_chain(
-            q[:, 0], keys, values, lengths=lengths, counters=counters, num_sms=num_sms, **arguments
+            q[:, 0], keys, values, lengths=step.num_keys(), counters=counters, num_sms=num_sms, **arguments
         )
         return out[:, None], counters
 

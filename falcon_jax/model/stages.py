@@ -289,15 +289,26 @@ def _attend(
     attention, step, (B, S, K, H) = block.attention, shared.step, slots[0].shape
     T, rows = step.num_columns, normed.rows[0]
     num_rows = rows.shape[0]
-    to_keys, to_values = None, None
-    if shared.places is not None:
-        to_keys, to_values = ((x.reshape(B * S, K * H), shared.places) for x in slots)
     key_rotary = None if attention.rotates_cached_keys else shared.rotary
     products = [
         shared.product("attention.query", attention.query, rows, rotary=shared.rotary),
-        shared.product("attention.key", attention.key, rows, rotary=key_rotary, slots=to_keys),
-        shared.product("attention.value", attention.value, rows, slots=to_values),
+        shared.product("attention.key", attention.key, rows, rotary=key_rotary),
+        shared.product("attention.value", attention.value, rows),
     ]
+    if not others and _attends_as_it_projects(products, normed, shared, slots):
+        from pallas_kernels.decode_attention.projected import attend_projected
+
+        assert normed.moments is not None and shared.places is not None
+        out, keys, values = attend_projected(
+            products, normed.moments, *slots, step.num_keys(), shared.places,
+            slopes=step.slopes, alibi=step.alibi, scale=H**-0.5,
+        )  # fmt: skip
+        return out, (keys, values), counters, []
+    if shared.places is not None:
+        products[1:] = [
+            dataclasses.replace(product, slots=(x.reshape(B * S, K * H), shared.places))
+            for product, x in zip(products[1:], slots, strict=True)
+        ]
     q, k, v, *made = shared.project_beside_attention(products, others, normed.moments)
     # Single tokens keep the rows that mean nothing: to cut them off and put them on again would be two launches.
     q = q.reshape(num_rows, 1, -1, H) if T == 1 else q[: B * T].reshape(B, T, -1, H)
@@ -314,3 +325,18 @@ def _attend(
         counters = after
     out = out.reshape(-1, out.shape[2] * H)
     return jnp.pad(out, ((0, num_rows - out.shape[0]), (0, 0))), kept, counters, made
+
+
+def _attends_as_it_projects(
+    products: list[Product], normed: _Normed, shared: _Shared, slots: tuple[Array, Array]
+) -> bool:
+    """Whether queries, keys, values and attention to them are one launch (decode_attention/projected.py)."""
+    step, is_one = shared.step, quantized_matmul.size_of(shared.mesh.mesh) == 1
+    if not is_one or normed.moments is None or shared.places is None or shared.implementation == "xla":
+        return False
+    if step.num_columns > 1 or step.key_rotary is not None or compat.mosaic_reason() is not None:
+        return False
+    # Not at the top: Pallas takes half a second to import, and only Hopper runs it.
+    from pallas_kernels.decode_attention.projected import reason_against
+
+    return reason_against(products, slots[0].shape) is None

@@ -99,6 +99,11 @@ class Step:
             num_columns, offsets, ends, slopes, rotary, key_rotary, reads_cache, options.alibi, options.attention, mesh
         )
 
+    def num_keys(self) -> Int[Array, " B"]:
+        """What a single token of each row attends to. A row that has ended reads nothing: its garbage would cost as
+        much as a living row's keys."""
+        return jnp.where(self.ends > self.offsets, self.offsets + 1, 0)
+
     def attention_arguments(self) -> dict:
         """The keyword arguments that every layer's attention call has in common."""
         return {

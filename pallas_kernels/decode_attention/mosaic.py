@@ -138,28 +138,13 @@ def _launch(
     # Interpreted blocks cannot meet at a counter, but in clusters; and results go through memory there.
     exchange = None if interpretable else shape.exchange(plan)
     by_cluster = plan.splits > 1 and (plan.meeting == "cluster" or interpretable)
-    W, heads, head_blocks = plan.warpgroups, shape.heads(plan), shape.head_blocks(plan)
+    heads, head_blocks = shape.heads(plan), shape.head_blocks(plan)
     has_slopes = slopes is not None and shape.G > 1
 
-    smem = functools.partial(tiled, dtype=q.dtype)
-    pages_per_tile = 1 if page_table is None else plan.keys // PAGE
-    scratch = {
-        "k_smem": smem(W, plan.stages, plan.keys, H),
-        "v_smem": smem(W, plan.stages, plan.keys, H),
-        "q_smem": smem(heads, H),
-        "q_full": plgpu.Barrier(num_arrivals=2 if has_slopes else 1),
-        "k_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
-        "v_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
-        "p_smem": smem(W, heads, plan.keys),
-    }
-    if not shape.heads_fill_tiles:
-        scratch["plain_smem"] = plgpu.SMEM((heads, 1, H), q.dtype)
-    if W > 1:
-        scratch["gathered"] = plgpu.Barrier(num_arrivals=W)
+    scratch = buffers(shape, plan, q.dtype, interpretable, 1 if page_table is None else plan.keys // PAGE)
+    scratch["q_full"] = plgpu.Barrier(num_arrivals=2 if has_slopes else 1)
     if has_slopes:
         scratch["slope_smem"] = plgpu.SMEM((heads,), jnp.float32)
-    if not interpretable:
-        scratch["reduction_smem"] = plgpu.SMEM((W, 2, heads, 4), jnp.float32)
     grouped = jax.ShapeDtypeStruct((num_rows, K, shape.G, 1, H), q.dtype)
     outputs = {"out": grouped}
     if exchange is not None:
@@ -168,7 +153,7 @@ def _launch(
         outputs |= grid.outputs(shape, plan)
         scratch["units_smem"] = [plgpu.SMEM((8, 1, rows), q.dtype) for _, rows in grid.units(H, plan.num_streams)]
         if by_cluster:
-            scratch["met"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=W)
+            scratch["met"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=plan.warpgroups)
     kv = K * head_blocks
     if by_cluster:
         blocks = {"grid": (B, kv), "grid_names": ("row", "kv"), "cluster": (plan.splits,), "cluster_names": ("split",)}
@@ -183,7 +168,7 @@ def _launch(
     inputs |= {name: x for name, x in {"slopes": slopes, "table": page_table}.items() if x is not None}
     if plan.through_memory and not interpretable:
         inputs["counters"] = jax.new_ref(jnp.zeros(shape.pairs(plan), jnp.int32) if counters is None else counters)
-    settings = _Settings(shape, plan, exchange, alibi, scale, interpretable)
+    settings = Settings(shape, plan, exchange, alibi, scale, interpretable)
     # Pallas adds a barrier of the warpgroup wherever shared memory changes hands, some 5 a tile. Here warps meet where
     # they must: in over_keys, in commit_smem and at barriers in memory. Where results go through memory, Pallas' own
     # sums want theirs.
@@ -194,13 +179,13 @@ def _launch(
     )
 
     def body(*arrays: Any, **smem: Any) -> None:
-        _Warpgroup(settings, dict(zip([*inputs, *outputs], arrays)), smem).run()
+        Warpgroup(settings, dict(zip([*inputs, *outputs], arrays)), smem).run()
 
     made, *_ = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
         scratch_types=scratch,
-        num_threads=W,
+        num_threads=plan.warpgroups,
         thread_name="warpgroup",
         kernel_name="decode_attention",
         compiler_params=parameters,
@@ -211,8 +196,28 @@ def _launch(
     return made.reshape(q.shape), counters
 
 
+def buffers(shape: Shape, plan: Plan, dtype: Any, interpretable: bool, pages_per_tile: int = 1) -> dict[str, Any]:
+    """Shared memory and barriers of a block, for what it reads and multiplies."""
+    W, heads, smem = plan.warpgroups, shape.heads(plan), functools.partial(tiled, dtype=dtype)
+    made = {
+        "k_smem": smem(W, plan.stages, plan.keys, shape.H),
+        "v_smem": smem(W, plan.stages, plan.keys, shape.H),
+        "q_smem": smem(heads, shape.H),
+        "k_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
+        "v_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
+        "p_smem": smem(W, heads, plan.keys),
+    }
+    if not shape.heads_fill_tiles:
+        made["plain_smem"] = plgpu.SMEM((heads, 1, shape.H), dtype)
+    if W > 1:
+        made["gathered"] = plgpu.Barrier(num_arrivals=W)
+    if not interpretable:
+        made["reduction_smem"] = plgpu.SMEM((W, 2, heads, 4), jnp.float32)
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class Settings:
     """What a kernel is compiled for, beside its arrays. exchange: None where results go through memory, or nowhere."""
 
     shape: Shape
@@ -223,10 +228,10 @@ class _Settings:
     interpretable: bool
 
 
-class _Warpgroup:
+class Warpgroup:
     """One warpgroup of a block. `arrays` in device memory and `smem` by name, barriers among the latter."""
 
-    def __init__(self, settings: _Settings, arrays: dict[str, Any], smem: dict[str, Any]):
+    def __init__(self, settings: Settings, arrays: dict[str, Any], smem: dict[str, Any]):
         self.settings, self.arrays, self.smem = settings, arrays, smem
         self.shape, self.plan = settings.shape, settings.plan
         self.heads, head_blocks = self.shape.heads(self.plan), self.shape.head_blocks(self.plan)
@@ -241,25 +246,42 @@ class _Warpgroup:
         self.stream = self.index * self.plan.splits + self.split
 
     def run(self) -> None:
-        # The first tile is the same whatever the row's length is, and need not wait for that; of pages it does.
-        early = not self.is_paged
-        has_first = self.stream * self.plan.keys < self.shape.capacity
-        length = jnp.minimum(self.arrays["lengths"][self.row], self.shape.capacity)
+        length = self.length()
         pl.when(self.index == 0)(self.copy_queries)
-        if early:
-            pl.when(has_first)(lambda: self.copy_tile(jnp.int32(0), None))
+        num_mine = self.begin(length)
+        self.take_queries()
+        self.end(length, num_mine)
+
+    def length(self) -> Any:
+        """Of the row: its keys."""
+        return jnp.minimum(self.arrays["lengths"][self.row], self.shape.capacity)
+
+    @property
+    def has_first(self) -> Any:
+        """Whether this warpgroup's first tile is copied whatever the row's length is: nobody waits for that then."""
+        return not self.is_paged and self.stream * self.plan.keys < self.shape.capacity
+
+    def begin(self, length: Any) -> Any:
+        """Starts the first copies, and returns how many tiles this warpgroup has."""
+        if not self.is_paged:  # the page of a tile is not known before the length is
+            pl.when(self.has_first)(lambda: self.copy_tile(jnp.int32(0), None))
+        self.open()
+        num_mine = pl.cdiv(pl.cdiv(length, self.plan.keys) - self.stream, self.plan.num_streams)
+        for n in range(0 if self.is_paged else 1, self.plan.stages):
+            pl.when(n < num_mine)(functools.partial(self.copy_tile, jnp.int32(n), length))
+        return num_mine
+
+    def open(self) -> None:
+        """Before other blocks send this one anything."""
         if self.settings.exchange is not None:
             self.settings.exchange.open(self.smem["exchange"], self.index, self.split)
-        num_tiles = pl.cdiv(length, self.plan.keys)
-        num_mine = pl.cdiv(num_tiles - self.stream, self.plan.num_streams)
-        for n in range(1 if early else 0, self.plan.stages):
-            pl.when(n < num_mine)(functools.partial(self.copy_tile, jnp.int32(n), length))
-        self.take_queries()
 
+    def end(self, length: Any, num_mine: Any) -> None:
+        """Attends, and brings the result to the end."""
         results = self.attend(length, num_mine)
-        if early:
+        if not self.is_paged:
 
-            @pl.when((num_mine <= 0) & has_first)
+            @pl.when((num_mine <= 0) & self.has_first)
             def _wait_for_copies():  # which must not outlive the block
                 plgpu.barrier_wait(self.smem["k_full"].at[self.barrier(0)])
                 plgpu.barrier_wait(self.smem["v_full"].at[self.barrier(0)])
@@ -267,9 +289,14 @@ class _Warpgroup:
         if self.plan.num_streams == 1:
             self.store(*results)
         elif self.settings.exchange is not None:
+            self.wait_for_all_open(self.settings.exchange)
             self.combine_in_cluster(self.settings.exchange, *results)
         else:
-            grid.combine(self, num_tiles, results)
+            grid.combine(self, pl.cdiv(length, self.plan.keys), results)
+
+    def wait_for_all_open(self, exchange: cluster.Exchange) -> None:
+        """Before this block sends others anything."""
+        exchange.wait_for_all_open()
 
     # Copies
 
@@ -351,6 +378,7 @@ class _Warpgroup:
             slot = self.slot(n)
             k, v = (self.smem[name].at[self.index, slot] for name in ("k_smem", "v_smem"))
             plgpu.barrier_wait(self.smem["k_full"].at[self.barrier(slot)])
+            self.complete("k", n, length)
 
             def scores(accumulator):
                 plgpu.wgmma(accumulator, k, self.smem["q_smem"].transpose((1, 0)))
@@ -372,6 +400,7 @@ class _Warpgroup:
             p_smem.transpose((1, 0))[...] = p.astype(self.dtype)
             plgpu.commit_smem()
             plgpu.barrier_wait(self.smem["v_full"].at[self.barrier(slot)])
+            self.complete("v", n, length)
 
             def weigh(accumulator):
                 plgpu.wgmma(accumulator, v.transpose((1, 0)), p_smem.transpose((1, 0)))
@@ -386,6 +415,9 @@ class _Warpgroup:
         sums, maxima, totals = lax.fori_loop(0, num_mine, step, empty)
         parity = lax.rem(jnp.maximum(num_mine, 0), jnp.int32(2))
         return sums, maxima, self.over_keys("add", totals, parity)
+
+    def complete(self, name: str, n: Any, length: Any) -> None:
+        """Called for each tile of K and V in shared memory: nothing is missing from what the cache holds."""
 
     def exponents(self, s: Any, first_key: Any, length: Any, slope: Any) -> Any:
         """Scores q . k of a tile to base-2 exponents, biased and masked."""
@@ -428,7 +460,6 @@ class _Warpgroup:
     def combine_in_cluster(self, exchange: cluster.Exchange, sums: Any, maxima: Any, totals: Any) -> None:
         """Combines results through the shared memory of the blocks: within each, then among them."""
         smem = self.smem["exchange"]
-        exchange.wait_for_all_open()
         if self.plan.warpgroups == 1:
             exchange.send(smem, self.split, sums, maxima, totals)
         else:

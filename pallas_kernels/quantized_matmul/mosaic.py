@@ -87,7 +87,7 @@ def _launch(
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
-            norm = None if moments is None else _Norm(stream, tiles, row_smem, width, moments.epsilon)
+            norm = None if moments is None else Norm(stream, tiles, row_smem, width, moments.epsilon)
             stream.begin()
             _Epilogue(products, given, outs, out_smem.at[warpgroup], norm).take_turns(stream)
 
@@ -117,7 +117,7 @@ def _launch(
     ]
 
 
-class _Norm:
+class Norm:
     """The end of a layer norm (deferred.py). The first warpgroup puts the moments of rows together, for all.
 
     What it needs is asked for before any weights, behind which it would come microseconds later, and not used until a
@@ -167,7 +167,7 @@ class _Epilogue:
         given: list[dict[str, Any]],
         outs: list[Any],
         own_smem: Any,
-        norm: _Norm | None,
+        norm: Norm | None,
     ):
         self.products, self.given, self.outs, self.own_smem, self.norm = products, given, outs, own_smem, norm
 

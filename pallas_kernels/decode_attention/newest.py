@@ -1,0 +1,176 @@
+"""What the blocks of a head tell one another of its newest token, and where it goes: the instructions (projected.py).
+
+Each warpgroup of a cluster has sums over some of the inputs, [64 outputs, 8 rows] of float32 as the matrix instruction
+leaves them. Four of a thread's are two outputs of two rows; those of rows 0 and 1, and of 6 and 7, are sent, which are
+the token and what a deferred norm wants (quantized_matmul/deferred.py). The cluster's first block adds them up.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from pallas_kernels import sending
+from pallas_kernels.decode_attention.cluster import MATRIX
+from pallas_kernels.hopper import tiling
+from pallas_kernels.instructions import (
+    REF,
+    SCALAR,
+    add,
+    do,
+    element,
+    inlined,
+    integer,
+    make,
+    multiply,
+    own_thread,
+    scalar,
+    shared_address,
+)
+
+NAMES = ("query", "key", "value")
+HEAD = 64  # outputs of each
+ROWS = 8
+# An output of a sum, which the four threads of a row of the matrix have alike.
+PER_OUTPUT = MATRIX.reduce(1)
+_PART_BYTES = 1024  # of a warpgroup's sums: 64 threads, 16 bytes each
+_NEWEST_BYTES = 4 * len(NAMES) * HEAD
+
+
+def buffers(num_shares: int) -> dict[str, Any]:
+    """Shared memory: for the parts of all sums, and for query, key and value when they are done."""
+    return {
+        "parts": plgpu.SMEM((len(NAMES), num_shares, _PART_BYTES // 4), jnp.float32),
+        "parts_there": sending.barrier(),
+        "newest": plgpu.SMEM((len(NAMES), HEAD), jnp.float32),
+        "newest_there": sending.barrier(),
+    }
+
+
+def num_bytes(num_shares: int) -> int:
+    """What `buffers` take, barriers but for their alignment."""
+    return len(NAMES) * num_shares * _PART_BYTES + _NEWEST_BYTES + 16
+
+
+def make_ready(smem: dict[str, Any], warpgroup: Any) -> None:
+    """Before anything is sent; all threads of all blocks call it, and then open one more barrier (sending.py)."""
+    of_parts = len(NAMES) * smem["parts"].shape[1] * _PART_BYTES
+
+    @inlined(REF, REF, SCALAR)
+    def emit(_, parts_there, newest_there, warpgroup):
+        sending.make_ready(parts_there, scalar(warpgroup), integer(of_parts))
+        sending.make_ready(newest_there, scalar(warpgroup), integer(_NEWEST_BYTES))
+
+    emit(smem["parts_there"], smem["newest_there"], jnp.int32(warpgroup))
+
+
+def _own_part(parts: ir.Value, number: ir.Value) -> ir.Value:
+    """Address of what a thread sends of a part, or reads: threads 1 and 2 of four read what is not theirs."""
+    thread = own_thread()
+    at = add(multiply(arith.divui(thread, integer(4)), 2), arith.remui(arith.divui(thread, integer(2)), integer(2)))
+    return add(shared_address(parts), multiply(number, _PART_BYTES), multiply(at, 16))
+
+
+def send_part(smem: dict[str, Any], which: int, share: Any, partial: Any) -> None:
+    """Sends a warpgroup's sums, [64, 8], to the first block. which: of NAMES; share: its number in the cluster."""
+    num_shares = smem["parts"].shape[1]
+
+    @inlined(REF, REF, SCALAR, MATRIX)
+    def emit(_, parts, there, share, partial):
+        four = arith.remui(own_thread(), integer(4))
+        outer = arith.remui(arith.divui(add(four, 1), integer(2)), integer(2))  # 0 of threads 0 and 3
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, outer, integer(0))):
+            address = sending.in_block(_own_part(parts, add(scalar(share), which * num_shares)), integer(0))
+            values = [element(register, i) for register in partial.registers.flat for i in range(2)]
+            sending.send4(address, values, sending.in_block(shared_address(there), integer(0)))
+
+    emit(smem["parts"], smem["parts_there"], jnp.int32(share), partial)
+
+
+def sum_of_parts(smem: dict[str, Any], which: int) -> Any:
+    """In the first block, when all have come: [64, 8], in the order of the shares. Of rows 2 to 5 it is anything."""
+    num_shares = smem["parts"].shape[1]
+    shape = plgpu.ShapeDtypeStruct((HEAD, ROWS), jnp.float32, layout=MATRIX)
+
+    @inlined(REF, return_type=shape)
+    def emit(_, parts):
+        total: list[Any] = []
+        for share in range(num_shares):
+            address = _own_part(parts, integer(which * num_shares + share))
+            part = make("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", address, num_results=4)
+            total = [arith.addf(x, y) for x, y in zip(total, part, strict=True)] if total else list(part)
+        layout = MATRIX.to_mgpu()
+        registers = np.empty(layout.registers_shape((HEAD, ROWS)), dtype=object)
+        two = ir.VectorType.get((2,), ir.F32Type.get())
+        registers.flat[:] = [vector.from_elements(two, total[i : i + 2]) for i in (0, 2)]
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return emit(smem["parts"])
+
+
+def send_newest(smem: dict[str, Any], which: int, y: Any, num_blocks: int) -> None:
+    """Sends float32 y [64], as PER_OUTPUT, one of NAMES, to all blocks of the cluster."""
+
+    @inlined(REF, REF, PER_OUTPUT)
+    def emit(_, newest, there, y):
+        thread = own_thread()
+        warp, lane = arith.divui(thread, integer(32)), arith.remui(thread, integer(32))
+        output = add(multiply(warp, 16), arith.divui(lane, integer(4)), which * HEAD)
+        own = add(shared_address(newest), multiply(output, 4))
+        # The four threads that have an output alike share out the blocks.
+        for first in range(0, num_blocks, 4):
+            block = add(arith.remui(lane, integer(4)), first)
+            exists = arith.cmpi(arith.CmpIPredicate.ult, block, integer(num_blocks))
+            block = arith.select(exists, block, integer(0))
+            barrier = sending.in_block(shared_address(there), block)
+            for half, register in enumerate(y.registers.flat):
+                address = sending.in_block(add(own, 32 * half), block)
+                sending.send1(address, element(register, 0), barrier, exists)
+
+    emit(smem["newest"], smem["newest_there"], y)
+
+
+def first_of(ref: Any) -> Any:
+    """The first of shared memory's float32 [n], repeated [64] as PER_OUTPUT."""
+    shape = plgpu.ShapeDtypeStruct((HEAD,), jnp.float32, layout=PER_OUTPUT)
+
+    @inlined(REF, return_type=shape)
+    def emit(_, ref):
+        (x,) = make("ld.shared.f32 $0, [$1];", shared_address(ref), num_results=1)
+        layout = PER_OUTPUT.to_mgpu()
+        registers = np.empty(layout.registers_shape((HEAD,)), dtype=object)
+        one = vector.from_elements(ir.VectorType.get((1,), ir.F32Type.get()), [x])
+        registers.flat[:] = [one] * registers.size
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return emit(ref)
+
+
+def put_in_tile(tile: Any, key: Any, newest: Any) -> None:
+    """Writes float32 `newest` [64] into a tile of K or V in shared memory, [keys, 64] as copies fill it."""
+    dtype = tile.dtype
+    pair = {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(dtype).name]
+
+    @inlined(plgpu.RefType(tiling(dtype)), SCALAR, REF)
+    def emit(_, tile, key, newest):
+        thread, key = own_thread(), scalar(key)
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, integer(8))):
+            source = add(shared_address(newest), multiply(thread, 32))
+            values = [
+                value
+                for half in range(2)
+                for value in make("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", add(source, 16 * half), num_results=4)
+            ]
+            # A key has a line of 128 bytes, whose eight pieces change places from line to line.
+            place = arith.xori(thread, arith.remui(key, integer(8)))
+            target = add(shared_address(tile), multiply(key, 128), multiply(place, 16))
+            lines = [".reg .b32 x<4>;"]
+            lines += [f"cvt.rn.{pair}.f32 x{i}, ${2 + 2 * i}, ${1 + 2 * i};" for i in range(4)]
+            lines += ["st.shared.v4.b32 [$0], {x0, x1, x2, x3};"]
+            do("{ " + " ".join(lines) + " }", target, *values)
+
+    emit(tile, jnp.int32(key), newest)

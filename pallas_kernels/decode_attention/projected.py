@@ -1,0 +1,289 @@
+"""Queries, keys and values of a new token, and its attention, in one launch, where each query head has keys of its own.
+
+A cluster of blocks has one head. Its warpgroups share out the inputs of the head's three projections, as an input
+stage does (quantized_matmul/stream.py); the first block adds up, ends the layer norm and sends query, key and value to
+all (newest.py). Then they attend as decode attention does (mosaic.py), whose first keys and values are on their way by
+then. So memory is read all the time, where two launches let it wait for some microseconds between them.
+
+The new key and value are put into the tiles where they belong when these have come. Into the cache they go when all
+blocks have read it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat, sending
+from pallas_kernels.decode_attention import mosaic, newest
+from pallas_kernels.decode_attention.cluster import MATRIX, Exchange
+from pallas_kernels.decode_attention.mosaic import QUERIES, Settings, Warpgroup
+from pallas_kernels.decode_attention.newest import HEAD, NAMES, PER_OUTPUT
+from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
+from pallas_kernels.hopper import rounded, store
+from pallas_kernels.quantized_matmul import plan as product_plan
+from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
+from pallas_kernels.quantized_matmul.mosaic import Norm, parameters
+from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE, Product, form_of
+from pallas_kernels.quantized_matmul.rows import load, over_rows
+from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, scratch
+
+# Blocks of a cluster: with one there is nothing to gain, and of more than eight not all GPUs hold as many.
+MIN_SPLITS, MAX_SPLITS = 2, 8
+STAGES = 6  # chunks of weights under way, where there is room
+
+
+def attend_projected(
+    products: Sequence[Product],
+    moments: Moments,
+    keys: Float[Array, "1 S K 64"],
+    values: Float[Array, "1 S K 64"],
+    lengths: Int[Array, " 1"],
+    places: Int[Array, " 1"],
+    *,
+    slopes: Float[Array, " K"] | None,
+    alibi: str,
+    scale: float,
+    plan: Plan | None = None,
+) -> tuple[Float[Array, "8 D"], Float[Array, "1 S K 64"], Float[Array, "1 S K 64"]]:
+    """One token's attention, by the kernel.
+
+    Args:
+      products: of queries, keys and values: x [8, I] for a deferred norm, the same in all, with K x 64 outputs each.
+      moments: of that norm.
+      keys, values: the cache, with room for the new ones.
+      lengths: of the row, the new token counted in; 0 attends to nothing.
+      places: the slot of the new key and value; one past the last slot for none.
+      slopes, alibi, scale: as of `decode_attention`.
+      plan: how it attends, None for the tuned one.
+
+    Returns:
+      Attention's output, of whose rows the first means something; and the cache with the new key and value.
+
+    Raises:
+      ValueError: what `reason_against` names.
+    """
+    num_sms, interpretable = compat.num_sms(), compat.interpreting()
+    plan = plan or _plan(keys.shape, num_sms, interpretable)
+    if (reason := _reason_against(products, keys.shape, plan, num_sms, interpretable)) is not None:
+        raise ValueError(f"attend_projected: {reason}")
+    return _launch(
+        list(products), moments, keys, values, lengths, places, slopes,
+        alibi=alibi, scale=scale, plan=plan, interpretable=interpretable,
+    )  # fmt: skip
+
+
+def reason_against(products: Sequence[Product], cache_shape: tuple[int, ...]) -> str | None:
+    """Why the kernel cannot take such products and a cache [B, S, K, H], or does not pay, or None where it does."""
+    if (reason := compat.mosaic_reason()) is not None:
+        return reason
+    num_sms, interpretable = compat.num_sms(), compat.interpreting()
+    if cache_shape[3] != HEAD:
+        return f"it takes heads of {HEAD}, not {cache_shape[3]}"
+    plan = _plan(cache_shape, num_sms, interpretable)
+    return _reason_against(products, cache_shape, plan, num_sms, interpretable)
+
+
+def _plan(cache_shape: tuple[int, ...], num_sms: int, interpretable: bool) -> Plan:
+    if interpretable:  # which has no words for what blocks send one another
+        return Plan(keys=64, warpgroups=1, stages=2, splits=1)
+    B, S, K, H = cache_shape
+    return default_plan(Shape(B, K, 1, H, S), num_sms)
+
+
+def _reason_against(
+    products: Sequence[Product], cache_shape: tuple[int, ...], plan: Plan, num_sms: int, interpretable: bool
+) -> str | None:
+    B, _, K, H = cache_shape
+    if B != 1 or H != HEAD or any(product.num_outputs != K * H for product in products):
+        outputs = [product.num_outputs for product in products]
+        return f"it takes one row of {K} heads of {HEAD} throughout, not {B} rows of {outputs} outputs, heads of {H}"
+    if any(product.rotary is not None or product.activation is not None for product in products):
+        return "it neither rotates nor activates"
+    if interpretable:
+        return None if plan.num_streams == 1 else "interpreted blocks have no words for one another"
+    if plan.meeting != "cluster" or not MIN_SPLITS <= plan.splits <= MAX_SPLITS or plan.splits * K > num_sms:
+        return f"{K} heads of such a cache are no clusters of {MIN_SPLITS} to {MAX_SPLITS} blocks that run at once"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("alibi", "scale", "plan", "interpretable"))
+def _launch(
+    products, moments, keys, values, lengths, places, slopes,
+    *, alibi: str, scale: float, plan: Plan, interpretable: bool,
+):  # fmt: skip
+    num_rows = products[0].x.shape[0]
+    _, S, K, H = keys.shape
+    shape = Shape(1, K, 1, H, S)
+    exchange = None if interpretable else shape.exchange(plan)
+    launch = _product_launch(products, shape, plan)
+    refs = jax.new_ref(keys), jax.new_ref(values)
+    inputs = {
+        "x": products[0].x,
+        "weights": [arrays_of(product.weight) for product in products],
+        "biases": [product.bias for product in products],
+        "moments": moments.tiles,
+        "k": refs[0],
+        "v": refs[1],
+        "lengths": lengths,
+        "places": places,
+        "slopes": slopes,
+    }
+    flat, treedef = jax.tree.flatten(inputs)
+    settings = Settings(shape, plan, exchange, alibi, scale, interpretable)
+
+    def body(*given: Any, **smem: Any) -> None:
+        arrays = treedef.unflatten(given[:-1]) | {"out": given[-1]}
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        _Warpgroup(settings, arrays, smem, launch, moments.epsilon).run()
+
+    of_products = scratch(launch, num_rows)
+    if not interpretable:  # sums go another way, newest.py
+        of_products = {name: buffer for name, buffer in of_products.items() if name not in ("sums", "left", "read")}
+    scratch_types = mosaic.buffers(shape, plan, keys.dtype, interpretable)
+    scratch_types |= {"products": of_products, "row_smem": plgpu.SMEM((2, num_rows), jnp.float32)}
+    scratch_types |= newest.buffers(plan.num_streams)
+    if exchange is not None:
+        scratch_types["exchange"] = exchange.buffers()
+    blocks = {"grid": (1, K), "grid_names": ("row", "kv"), "cluster": (plan.splits,), "cluster_names": ("split",)}
+    out = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((num_rows, K, 1, 1, H), keys.dtype),
+        scratch_types=scratch_types,
+        num_threads=plan.warpgroups,
+        thread_name="warpgroup",
+        kernel_name="attend_projected",
+        compiler_params=parameters(interpretable),
+        **blocks,
+    )(*flat)
+    return out.reshape(num_rows, K * H), jax.freeze(refs[0]), jax.freeze(refs[1])
+
+
+def _product_launch(products: Sequence[Product], shape: Shape, plan: Plan) -> product_plan.Launch:
+    """Block k of a cluster, with all its warpgroups, makes tile k of each product."""
+    form, num_rows = form_of(products[0].weight), ROWS_AT_ONCE
+    exchanged = newest.num_bytes(plan.num_streams) + 1024
+    room = compat.MAX_SMEM_BYTES - shape.smem_bytes(plan) - exchanged
+    plans = [
+        product_plan.Plan(plan.warpgroups, stages, groups=1, splits=plan.splits) for stages in range(2, STAGES + 1)
+    ]
+    fitting = [p for p in plans if p.smem_bytes(form, num_rows) <= room] or plans[:1]
+    operands = tuple(
+        product_plan.Operand(form, product.x.shape[1], product.num_outputs, i * shape.K)
+        for i, product in enumerate(products)
+    )
+    return product_plan.Launch(operands, fitting[-1], shape.K)
+
+
+class _Warpgroup(Warpgroup):
+    """One warpgroup of a block."""
+
+    def __init__(self, settings: Settings, arrays: dict[str, Any], smem: dict[str, Any], launch: Any, epsilon: float):
+        super().__init__(settings, arrays, smem)
+        self.is_first = (self.split == 0) & (self.index == 0)
+        self.products = Stream(
+            launch, arrays["weights"], block=self.pair, split=self.split, warpgroup=self.index,
+            xs=[arrays["x"]] * len(NAMES), smem=smem["products"], in_turn=False,
+            interpretable=settings.interpretable,
+        )  # fmt: skip
+        self.norm = Norm(self.products, arrays["moments"], smem["row_smem"], arrays["x"].shape[1], epsilon)
+
+    def run(self) -> None:
+        self.products.begin()
+        self.make_ready()
+        length, totals, num_mine = self.length(), [], None
+        for which in range(len(NAMES)):
+            if which == len(NAMES) - 1:  # all weights are under way by now, or nearly
+                num_mine = self.begin(length)
+            [total] = self.products.sums(jnp.int32(which))
+            if which == 0:
+                self.norm.leave(jnp.int32(0))
+            totals.append(total)
+            if not self.settings.interpretable:
+                if which == 0:
+                    sending.wait_for_all_open()
+                newest.send_part(self.smem, which, self.split * self.plan.warpgroups + self.index, total)
+        pl.when(self.is_first)(functools.partial(self.finish_products, totals))
+        self.take_queries()
+        self.end(length, num_mine)
+        pl.when(self.is_first)(self.put_in_cache)
+
+    def make_ready(self) -> None:
+        """Before anything is sent."""
+        if self.settings.exchange is not None:
+            newest.make_ready(self.smem, self.index)
+            self.settings.exchange.open(self.smem["exchange"], self.index, self.split)
+
+    def open(self) -> None:
+        """`make_ready` has done it."""
+
+    def wait_for_all_open(self, exchange: Exchange) -> None:
+        """That was before sums were sent."""
+
+    def finish_products(self, totals: list[Any]) -> None:
+        """Of the head's first warpgroup: query, key and value, of its own sums where it is the only one."""
+        if not self.settings.interpretable:
+            sending.wait_for_all_sent(self.smem["parts_there"])
+            totals = [newest.sum_of_parts(self.smem, which) for which in range(len(NAMES))]
+        plgpu.commit_smem()  # moments, which this warpgroup has left
+        read = (lambda ref: ref[0]) if self.settings.interpretable else newest.first_of
+        mean, inverse = (read(self.smem["row_smem"].at[i]) for i in range(2))
+        for which, (total, bias) in enumerate(zip(totals, self.arrays["biases"], strict=True)):
+            row = plgpu.broadcasted_iota(jnp.int32, total.shape, 1, layout=MATRIX)
+            y, scale, shift = (jnp.where(row == of, total, 0.0).sum(axis=1) for of in (0, SCALE_ROW, SHIFT_ROW))
+            y = rounded((y - mean * scale) * inverse + shift, self.dtype)
+            if bias is not None:
+                outputs = pl.ds(self.pair * HEAD, HEAD)
+                y = rounded(y + load(bias.at[outputs], PER_OUTPUT).astype(jnp.float32), self.dtype)
+            if self.settings.interpretable:
+                store(self.smem["newest"].at[which], y)
+            else:
+                newest.send_newest(self.smem, which, y, self.plan.splits)
+        if self.settings.interpretable:
+            plgpu.commit_smem()
+
+    def take_queries(self) -> None:
+        """Waits for query, key and value, and moves the query into the order that the matrix instruction reads."""
+        if not self.settings.interpretable:
+            sending.wait_for_all_sent(self.smem["newest_there"])
+
+        @pl.when(self.index == 0)
+        def _move():
+            query = load(self.smem["newest"].at[0], QUERIES.reduce(0))
+            # Columns of heads that do not exist are columns of this one.
+            queries = plgpu.layout_cast(over_rows(query, (self.heads, HEAD)), QUERIES)
+            self.smem["q_smem"][...] = queries.astype(self.dtype)
+            plgpu.commit_smem()
+
+        self.gather()
+
+    def complete(self, name: str, n: Any, length: Any) -> None:
+        """Puts the new key or value into the tile where it belongs."""
+        key = length - 1 - self.first_key(n)
+        new = self.smem["newest"].at[{"k": 1, "v": 2}[name]]
+        tile = self.smem[f"{name}_smem"].at[self.index, self.slot(n)]
+
+        @pl.when((key >= 0) & (key < self.plan.keys))
+        def _put():
+            if self.settings.interpretable:
+                row = lax.broadcasted_iota(jnp.int32, tile.shape, 0)
+                tile[...] = jnp.where(row == key, new[...].astype(self.dtype)[None], tile[...])
+            else:
+                newest.put_in_tile(tile, key, new)
+            plgpu.commit_smem()
+
+    def put_in_cache(self) -> None:
+        """Writes the new key and value where `places` says: all blocks have read the cache by now."""
+        place = self.arrays["places"][0]
+
+        @pl.when(place < self.shape.capacity)
+        def _put():
+            for which, name in ((1, "k"), (2, "v")):
+                new = load(self.smem["newest"].at[which], QUERIES.reduce(0)).astype(self.dtype)
+                store(self.arrays[name].at[0, place, self.pair], new)

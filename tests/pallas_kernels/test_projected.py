@@ -1,0 +1,135 @@
+"""Projections of a new token and its attention in one launch: interpreted with race detection, the machine code, and on
+a GPU beside the two launches that it stands for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.projected import attend_projected, reason_against
+from pallas_kernels.quantized_matmul import Moments, Product, deferred, project
+from tests.pallas_kernels.interpreted import interpreted
+from tests.pallas_kernels.stage_cases import FORMS, normal, product_reference, weight
+from tests.pallas_kernels.test_compiled import array, few_bits, require_no_problems
+from tests.pallas_kernels.test_deferred import EPSILON, normalized
+from tests.pallas_kernels.tolerance import require_close
+from tests.thorough import thorough
+
+H = 64
+
+
+def arguments(form, width, num_heads, capacity, length, *, has_biases=True):
+    """What the kernel is given, slopes among it, and the norm and x that its rows stand for."""
+    x, norm = normal(1, 8, width) + 0.5, (normal(2, width), normal(3, width))
+    [rows], moments = deferred.begin(x, [norm], EPSILON)
+    size = num_heads * H
+    products = [
+        Product(rows, weight(10 + i, width, size, form), size, normal(20 + i, size) if has_biases else None)
+        for i in range(3)
+    ]
+    keys, values = (normal(30 + i, 1, capacity, num_heads, H) for i in range(2))
+    lengths = jnp.array([length], jnp.int32)
+    places = jnp.where(lengths > 0, lengths - 1, capacity)
+    slopes = 2.0 ** -jnp.arange(1, num_heads + 1, dtype=jnp.float32)
+    return (products, moments, keys, values, lengths, places), slopes, (x, norm)
+
+
+def two_launches(products, moments, keys, values, lengths, places, *, implementation, **options):
+    """The same by what it stands for."""
+    q, k, v = (y[:1].reshape(1, -1, H) for y in project(products, moments=moments, implementation=implementation))
+    keys, values = (cache.at[0, places].set(new, mode="drop") for cache, new in ((keys, k), (values, v)))
+    out = decode_attention(q, keys, values, lengths=lengths, implementation=implementation, **options)
+    return out.reshape(1, -1), keys, values
+
+
+def exact(given, slopes, stands_for, **options):
+    """In float32, from end to end."""
+    products, _, keys, values, lengths, places = given
+    x, norm = stands_for
+    x = normalized(x.astype(jnp.float32), norm)
+    q, k, v = (product_reference(Product(x, p.weight, p.num_outputs, p.bias))[:1].reshape(1, -1, H) for p in products)
+    keys, values = (
+        cache.astype(jnp.float32).at[0, places].set(new, mode="drop") for cache, new in ((keys, k), (values, v))
+    )
+    out = decode_attention(q, keys, values, lengths=lengths, slopes=slopes, implementation="xla", **options)
+    return out.reshape(1, -1), keys, values
+
+
+def require_right(made, given, slopes, stands_for, **options):
+    plain = two_launches(*given, slopes=slopes, implementation="xla", **options)
+    for some, other, right in zip(made, plain, exact(given, slopes, stands_for, **options), strict=True):
+        require_close(some[:1], other, right)
+
+
+# Form, inputs, heads, slots, length: the new token in a first tile, in a later one, first of a tile, last of all, none.
+CASES = [
+    ("native", 192, 2, 192, 130, True),
+    *thorough(
+        [
+            ("native", 192, 1, 128, 1, False),
+            ("int8", 128, 1, 128, 128, True),
+            ("int4", 320, 1, 128, 65, False),
+            ("native", 128, 1, 64, 0, True),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "width", "num_heads", "capacity", "length", "has_biases"), CASES)
+def test_interpreted(form, width, num_heads, capacity, length, has_biases):
+    given, slopes, stands_for = arguments(form, width, num_heads, capacity, length, has_biases=has_biases)
+    options = {"alibi": "float32", "scale": H**-0.5}
+    with interpreted():
+        assert reason_against(given[0], given[2].shape) is None
+        made = jax.block_until_ready(attend_projected(*given, slopes=slopes, **options))
+    require_right(made, given, slopes, stands_for, **options)
+
+
+@pytest.mark.parametrize(("form", "num_heads"), [("native", 32), *thorough([("int4", 32), ("int8", 64)])])
+def test_it_is_one_launch_without_spills(compiler, form, num_heads):
+    width, size = num_heads * H, num_heads * H
+    x, bias, cache = (
+        array((8, width), "bfloat16"),
+        array((size,), "bfloat16"),
+        array((1, 4352, num_heads, H), "bfloat16"),
+    )
+    products = [Product(x, few_bits(form, width, size), size, bias) for _ in range(3)]
+    moments = Moments(array((2, 8, deferred.padded_tiles(width)), "float32"), EPSILON)
+    one, slopes = array((1,), "int32"), array((num_heads,), "float32")
+    step = functools.partial(attend_projected, alibi="float32", scale=H**-0.5)
+    report = compiler.compile(step, products, moments, cache, cache, one, one, slopes=slopes)
+    require_no_problems(report)
+    assert [name for name in report.launches if name != "copy"] == ["mosaic_gpu_v2"]
+
+
+def test_what_it_does_not_take():
+    (products, moments, keys, _, *lengths), slopes, _ = arguments("native", 128, 2, 128, 1)
+    assert "Hopper" in str(reason_against(products, keys.shape))
+    with compat.assume_capability(compat.HOPPER):
+        assert "heads of 64, not 128" in str(reason_against(products, (1, 128, 2, 128)))
+        assert "one row of 2 heads" in str(reason_against(products, (2, 128, 2, H)))
+        assert "one row of 1 heads" in str(reason_against(products, (1, 128, 1, H)))
+        assert "2 heads of such a cache are no clusters" in str(reason_against(products, (1, 64, 2, H)))
+        with pytest.raises(ValueError, match="attend_projected: it takes one row"):
+            cache, options = keys[:, :, :1], {"alibi": "float32", "scale": 1.0}
+            attend_projected(products, moments, cache, cache, *lengths, slopes=slopes[:1], **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 64, 700, 4000, 4352, 0])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_heads", [32, 64])
+def test_on_a_gpu_it_is_right_and_always_the_same(num_heads, form, length):
+    given, slopes, stands_for = arguments(form, num_heads * H, num_heads, 4352, length)
+    options = {"alibi": "float32", "scale": H**-0.5}
+    step = jax.jit(functools.partial(attend_projected, slopes=slopes, **options))
+    made = jax.block_until_ready(step(*given))
+    require_right(made, given, slopes, stands_for, **options)
+    for _ in range(200):
+        again = step(*given)
+        for some, other in zip(made, again, strict=True):
+            np.testing.assert_array_equal(some[:1], other[:1])
