@@ -150,8 +150,8 @@ class Linear(nnx.Module):
     def num_outputs(self) -> int:
         return math.prod(self.outputs)
 
-    def product(self, x: Float[Array, "R I"], activation: str | None = None, **rest: Any) -> Product:
-        """What the projection is of rows of inputs, for a launch that computes several. `rest`: as Product has it."""
+    def product(self, x: Any, activation: str | None = None, **rest: Any) -> Product:
+        """What the projection is of rows x, for a launch that computes several. `x`, `rest`: as Product has them."""
         bias = self.bias[...].reshape(self.num_outputs) if hasattr(self, "bias") else None
         return Product(x, self.matrix(), self.num_outputs, bias, activation, **rest)
 

@@ -37,6 +37,7 @@ from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm, attention_norm_deferred, new_meeting
 from pallas_kernels.peers import Addresses
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Moments, Product, deferred, in_eights, project
+from pallas_kernels.quantized_matmul.integers import FEW_TOKENS, Integers
 from pallas_kernels.sharded import HEAD_AXIS
 
 if TYPE_CHECKING:
@@ -52,6 +53,15 @@ def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
     are quantized. Native prompts have been compared by 1,024 rows, where neither way is faster.
     """
     return weights != "native" or (num_tokens <= MAX_ROWS and not cache_is_empty)
+
+
+def integers_pay(config: FalconConfig, weights: str) -> bool:
+    """Whether input stages read x as integers (pallas_kernels/quantized_matmul/integers.py).
+
+    Products with weights of 4 bits wait for arithmetic, of which that takes less; others wait for memory. Layers whose
+    attention reads what their MLP does not make have been measured (benchmarks/LOG.md), no others.
+    """
+    return weights == "int4" and config.block == "parallel"
 
 
 def reason_against(decoder: FalconDecoder, num_tokens: int) -> str | None:
@@ -123,7 +133,10 @@ def run(
         shape = decoder.config, decoder.weights, B, cache.capacity
         attention_sms = beside.attention_sms(*shape, compat.num_sms())
     mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
-    shared = _Shared(step, implementation, mesh, defers, attention_sms, *places)
+    integers = None
+    if defers and is_one and integers_pay(decoder.config, decoder.weights):
+        integers = Integers(decoder.weights, few=B * T <= FEW_TOKENS)
+    shared = _Shared(step, implementation, mesh, defers, integers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))
     meetings = new_meeting(residual.shape[0], D), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
     kept = []
@@ -138,9 +151,10 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Normed:
-    """What is read of a residual: rows [R, D] for each of its norms. moments: of norms that end where they are read."""
+    """What is read of a residual: rows [R, D] for each of its norms, maybe as integers. moments: of norms that end
+    where they are read."""
 
-    rows: list[Float[Array, "R D"]]
+    rows: list[Any]
     moments: Moments | None = None
 
 
@@ -161,7 +175,7 @@ class _Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class _Shared:
-    """What all layers share. defers: whether norms that an input stage reads end there.
+    """What all layers share. defers: whether norms that an input stage reads end there; integers: as which it has them.
     attention_sms: as beside.py has it.
     rotary: cos and sin by which it rotates; places: where it puts keys and values; None where that is done after it."""
 
@@ -169,11 +183,12 @@ class _Shared:
     implementation: str | None
     mesh: _Mesh
     defers: bool
+    integers: Integers | None
     attention_sms: int
     rotary: tuple[Float[Array, "R 32"], Float[Array, "R 32"]] | None
     places: Int[Array, " tokens"] | None
 
-    def product(self, name: str, projection: Linear, x: Array, **rest: Any) -> Product:
+    def product(self, name: str, projection: Linear, x: Any, **rest: Any) -> Product:
         return projection.product(x, is_split=self.mesh.split[name], **rest)
 
     def project(self, products: list[Product], moments: Moments | None, num_sms: int | None = None) -> list[Array]:
@@ -193,7 +208,8 @@ class _Shared:
     def normalize(self, residual: Float[Array, "R D"], norms: list[LayerNorm]) -> _Normed:
         """What the first input stage reads, which no output stage has made."""
         if self.defers:
-            return _Normed(*deferred.begin(residual, [norm.affine() for norm in norms], norms[0].epsilon))
+            rows, moments = deferred.begin(residual, [norm.affine() for norm in norms], norms[0].epsilon)
+            return _Normed(rows if self.integers is None else [self.integers.of(x) for x in rows], moments)
         return _Normed([norm(residual) for norm in norms])
 
 
@@ -253,7 +269,7 @@ def _layer(
             **shared.mesh.of_output(inputs),
         }
         if defers:
-            residual, rows, moments = attention_norm_deferred(*arguments, **options)
+            residual, rows, moments = attention_norm_deferred(*arguments, integers=shared.integers, **options)
             return residual, _Normed(rows, moments)
         residual, rows, meeting = attention_norm(*arguments, meeting=meeting, **options)
         return residual, _Normed(rows)

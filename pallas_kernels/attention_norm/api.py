@@ -14,6 +14,7 @@ from pallas_kernels.attention_norm.reference import Norm, add_xla, attention_nor
 from pallas_kernels.attention_norm.sharded import attention_norm_over, by_peers
 from pallas_kernels.peers import Addresses
 from pallas_kernels.quantized_matmul import deferred
+from pallas_kernels.quantized_matmul.integers import Integers
 from pallas_kernels.quantized_matmul.product import (
     MAX_ROWS,
     ROWS_AT_ONCE,
@@ -118,17 +119,21 @@ def attention_norm_deferred(
     are_split: Sequence[bool] = (),
     peers: Addresses | None = None,
     num_rows: int | None = None,
+    integers: Integers | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], deferred.Moments]:
+) -> tuple[Float[Array, "R D"], list[Any], deferred.Moments]:
     """`attention_norm` of up to 6 rows whose layer norms end in the `project` that reads them, so that no block of the
     kernel waits for another (quantized_matmul/deferred.py).
 
     Args:
       xs, residual: R = 8 rows, of which the last two mean nothing; D a multiple of 64.
-      mesh: over several devices it takes `peers` too. All else as of `attention_norm`.
+      mesh: over several devices it takes `peers` too.
+      integers: None, or as which integers the rows for norms are written, on one device. All else as of
+        `attention_norm`.
 
     Returns:
-      The new residual [8, D]; for each norm the x [8, D] of a product of `project`; and that call's `moments`.
+      The new residual [8, D]; for each norm the x [8, D] of a product of `project`, IntegerRows if so asked; and that
+      call's `moments`.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown `implementation`.
@@ -138,6 +143,8 @@ def attention_norm_deferred(
     if residual.ndim != 2 or residual.shape[0] != ROWS_AT_ONCE or residual.shape[1] % SIDE:
         wanted = f"{ROWS_AT_ONCE} rows of a multiple of {SIDE}"
         raise ValueError(f"attention_norm_deferred: a residual {residual.shape} should be {wanted}")
+    if integers is not None and size_of(mesh) > 1:
+        raise NotImplementedError("attention_norm_deferred: integers are made on one device")
     if peers is not None:
         return _by_peers(
             xs, weights, biases, residual, norms, None, epsilon, mesh, are_split, peers, num_rows, implementation
@@ -147,11 +154,12 @@ def attention_norm_deferred(
     candidates = {"mosaic": lambda: _mosaic_reason(products), "xla": lambda: None}
     if dispatch.choose("attention_norm_deferred", implementation, candidates) == "xla":
         out, _ = attention_norm_xla(xs, weights, biases, residual, [], epsilon)
-        return out, *deferred.begin(out, norms, epsilon)
+        rows, moments = deferred.begin(out, norms, epsilon)
+        return out, rows if integers is None else [integers.of(x) for x in rows], moments
 
     from pallas_kernels.attention_norm.mosaic import defer_norm_mosaic
 
-    return defer_norm_mosaic(xs, weights, biases, residual, norms, epsilon=epsilon)
+    return defer_norm_mosaic(xs, weights, biases, residual, norms, epsilon=epsilon, integers=integers)
 
 
 def _by_peers(

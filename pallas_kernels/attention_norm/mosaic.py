@@ -34,11 +34,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat, sending
 from pallas_kernels.attention_norm import parts
 from pallas_kernels.attention_norm.moments import count_of_launches, end_launch, publish, read
-from pallas_kernels.hopper import fence_memory, store, wait_until_results_have_left
+from pallas_kernels.hopper import fence_memory, rounded, store, wait_until_results_have_left
 from pallas_kernels.peers import exchange as exchanges
 from pallas_kernels.peers.exchange import Exchange
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments, padded_tiles
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.integer_sums import store_integers
+from pallas_kernels.quantized_matmul.integers import Integers
 from pallas_kernels.quantized_matmul.mosaic import parameters
 from pallas_kernels.quantized_matmul.plan import Launch, Plan, check_all_run_at_once, output_launch, sent_bytes
 from pallas_kernels.quantized_matmul.rows import (
@@ -83,9 +85,10 @@ def defer_norm_mosaic(
     plan: Plan | None = None,
     exchange: Exchange | None = None,
     table: Int[Array, " E"] | None = None,
-) -> tuple[Float[Array, "8 D"], list[Float[Array, "8 D"]], Moments]:
+    integers: Integers | None = None,
+) -> tuple[Float[Array, "8 D"], list[Any], Moments]:
     """`attention_norm_deferred` by the kernel, for 8 rows. exchange, table: as of `attention_norm_mosaic`."""
-    results, _ = _run(xs, weights, biases, residual, norms, None, residual, epsilon, plan, exchange, table)
+    results, _ = _run(xs, weights, biases, residual, norms, None, residual, epsilon, plan, exchange, table, integers)
     return results["out"], results["normed"], Moments(results["moments"], epsilon)
 
 
@@ -107,20 +110,23 @@ def add_mosaic(
 
 def _run(
     xs, weights, biases, residual, norms, meeting, like: Any, epsilon: float, plan: Plan | None,
-    exchange: Exchange | None = None, table: Array | None = None,
+    exchange: Exchange | None = None, table: Array | None = None, integers: Integers | None = None,
 ):  # fmt: skip
     """What a launch makes, by name, and the array `meeting` for the next one. like: of the results' shape and dtype."""
     return _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting, table,
-        shape=jax.ShapeDtypeStruct(like.shape, like.dtype), epsilon=epsilon, exchange=exchange,
+        shape=jax.ShapeDtypeStruct(like.shape, like.dtype), epsilon=epsilon, exchange=exchange, integers=integers,
         plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "exchange", "plan", "num_sms", "interpretable"))
+_STATIC = ("shape", "epsilon", "exchange", "integers", "plan", "num_sms", "interpretable")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _launch(
     xs, weights, biases, residual, norms, meeting, table,
-    *, shape: jax.ShapeDtypeStruct, epsilon: float, exchange: Exchange | None,
+    *, shape: jax.ShapeDtypeStruct, epsilon: float, exchange: Exchange | None, integers: Integers | None,
     plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
     num_rows, width = shape.shape
@@ -130,8 +136,9 @@ def _launch(
     if meets and not interpretable:
         check_all_run_at_once(launch, num_rows, len(norms), num_sms)
     settings = _Settings(
-        launch, num_rows, width, len(norms), len(biases), residual is not None, meets, exchange, epsilon, interpretable
-    )
+        launch, num_rows, width, len(norms), len(biases), residual is not None, meets, exchange, integers, epsilon,
+        interpretable,
+    )  # fmt: skip
     inputs = {
         "xs": list(xs),
         "weights": [arrays_of(weight) for weight in weights],
@@ -141,7 +148,8 @@ def _launch(
     }
     if meets and not interpretable:
         inputs["meeting"] = jax.new_ref(meeting)
-    outputs: dict[str, Any] = {"out": shape, "normed": [shape] * len(norms)}
+    normed = shape if integers is None else integers.described(width, shape.dtype)
+    outputs: dict[str, Any] = {"out": shape, "normed": [normed] * len(norms)}
     if norms and (interpretable or not meets):
         outputs["moments"] = jax.ShapeDtypeStruct((2, num_rows, padded_tiles(width)), jnp.float32)
     sends = not interpretable and sent_bytes(plan.splits, num_rows) > 0
@@ -172,8 +180,11 @@ def _launch(
 
     tile = functools.partial(plgpu.SMEM, dtype=shape.dtype)
     smem = scratch(launch, num_rows) | {"tiles": tile((plan.width, num_rows, TILE))}
-    if norms:
+    if norms and integers is None:
         smem["normed"] = tile((len(norms), num_rows, TILE))
+    elif integers is not None:
+        smem["normed"] = plgpu.SMEM((len(norms), 2 * integers.num_held, TILE), jnp.int8)
+        smem["normed_blocks"] = plgpu.SMEM((len(norms), 2 * integers.num_held), jnp.int32)
     if inputs["columns"]:
         smem["columns"] = tile((plan.width, len(inputs["columns"]), TILE))
     if num_fetched := settings.has_residual + len(inputs["columns"]):
@@ -216,6 +227,7 @@ class _Settings:
     has_residual: bool
     meets: bool  # or else its norms, if any, end in what reads them
     exchange: Exchange | None
+    integers: Integers | None  # as which rows for deferred norms are written; None for floating point
     epsilon: float
     interpretable: bool
 
@@ -337,13 +349,13 @@ class _Block:
             y = y + load(kept).astype(jnp.float32)
         y = y.astype(kept.dtype)
         store(kept, y)
-        results = [(kept, self.arrays["out"])]
+        results = [(kept, self.arrays["out"].at[:, self.outputs(i)])]
         y = y.astype(jnp.float32)
         if settings.num_norms and not settings.meets:
             results += self.begin_norms(i, y)
         plgpu.commit_smem()
-        for tile, array in results:
-            plgpu.copy_smem_to_gmem(tile, array.at[:, self.outputs(i)])
+        for tile, target in results:
+            plgpu.copy_smem_to_gmem(tile, target)
         if not settings.num_norms:
             return
         mean, squares = moments_of_tile(y)
@@ -355,18 +367,25 @@ class _Block:
             store(self.arrays["moments"].at[1, :, self.tile(i)], squares)
 
     def begin_norms(self, i: int, y: Any) -> list[tuple[Any, Any]]:
-        """A tile's rows for each norm as deferred.py has them, in shared memory, and the arrays that they belong to."""
-        num_norms = self.settings.num_norms
+        """A tile's rows for each norm as deferred.py has them, in shared memory, and where they belong."""
+        num_norms, integers, outputs = self.settings.num_norms, self.settings.integers, self.outputs(i)
         if i > 0:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
             plgpu.commit_smem()
-        row = number_of(y.shape, 0)
+        row, results = number_of(y.shape, 0), []
         for j in range(num_norms):
             scale, shift = (over_rows(column, y.shape) for column in self.affine(i, j))
             scaled = jnp.where(row == SCALE_ROW, scale, jnp.where(row == SHIFT_ROW, shift, y * scale))
             target = self.smem["normed"].at[j]
-            store(target, scaled.astype(target.dtype))
-        return [(self.smem["normed"].at[j], self.arrays["normed"][j]) for j in range(num_norms)]
+            if integers is None:
+                store(target, scaled.astype(target.dtype))
+                results.append((target, self.arrays["normed"][j].at[:, outputs]))
+                continue
+            blocks, of_norm = self.smem["normed_blocks"].at[j], self.arrays["normed"][j]
+            scaled = rounded(scaled, self.arrays["out"].dtype)
+            store_integers(target, blocks, scaled, integers.form, interpretable=self.settings.interpretable)
+            results += [(target, of_norm.values.at[:, outputs]), (blocks, of_norm.blocks.at[self.tile(i)])]
+        return results
 
     def meet_and_normalize(self) -> None:
         settings = self.settings

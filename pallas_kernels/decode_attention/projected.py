@@ -9,6 +9,7 @@ The new key and value are put into the tiles where they belong when these have c
 blocks have read it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -25,10 +26,11 @@ from pallas_kernels.decode_attention import mosaic, newest
 from pallas_kernels.decode_attention.cluster import MATRIX, Exchange
 from pallas_kernels.decode_attention.mosaic import QUERIES, Settings, Warpgroup
 from pallas_kernels.decode_attention.newest import HEAD, NAMES, PER_OUTPUT
-from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
+from pallas_kernels.decode_attention.plan import SCRATCH_BYTES, Plan, Shape, default_plan
 from pallas_kernels.hopper import rounded, store
 from pallas_kernels.quantized_matmul import plan as product_plan
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
+from pallas_kernels.quantized_matmul.integers import IntegerRows
 from pallas_kernels.quantized_matmul.mosaic import Norm, parameters
 from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE, Product, form_of
 from pallas_kernels.quantized_matmul.rows import load, over_rows
@@ -36,7 +38,11 @@ from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, scratch
 
 # Blocks of a cluster: with one there is nothing to gain, and of more than eight not all GPUs hold as many.
 MIN_SPLITS, MAX_SPLITS = 2, 8
+PAIR = 2  # multiprocessors always lie together in twos
+ALIGNMENT_BYTES = 2048
+RESERVED_BYTES = 1024  # of shared memory, beside what a block asks for
 STAGES = 6  # chunks of weights under way, where there is room
+KEYS_STAGES = 3  # tiles of K, and of V, where two blocks share a multiprocessor
 
 
 def attend_projected(
@@ -94,7 +100,15 @@ def _plan(cache_shape: tuple[int, ...], num_sms: int, interpretable: bool) -> Pl
     if interpretable:  # which has no words for what blocks send one another
         return Plan(keys=64, warpgroups=1, stages=2, splits=1)
     B, S, K, H = cache_shape
-    return default_plan(Shape(B, K, 1, H, S), num_sms)
+    plan = default_plan(Shape(B, K, 1, H, S), num_sms)
+    return dataclasses.replace(plan, stages=KEYS_STAGES) if plan.splits > PAIR else plan
+
+
+def _room(plan: Plan) -> int:
+    """Shared memory that a block may have. A cluster needs multiprocessors that lie together, of which a GPU does not
+    have as many fours as a fourth of its multiprocessors: with one block on each some clusters would come second."""
+    whole = compat.MAX_SMEM_BYTES + RESERVED_BYTES
+    return (whole // 2 if plan.splits > PAIR else whole) - RESERVED_BYTES
 
 
 def _reason_against(
@@ -104,6 +118,8 @@ def _reason_against(
     if B != 1 or H != HEAD or any(product.num_outputs != K * H for product in products):
         outputs = [product.num_outputs for product in products]
         return f"it takes one row of {K} heads of {HEAD} throughout, not {B} rows of {outputs} outputs, heads of {H}"
+    if any(isinstance(product.x, IntegerRows) for product in products):
+        return "it takes no rows of integers"
     if any(product.rotary is not None or product.activation is not None for product in products):
         return "it neither rotates nor activates"
     if interpretable:
@@ -147,6 +163,8 @@ def _launch(
     if not interpretable:  # sums go another way, newest.py
         of_products = {name: buffer for name, buffer in of_products.items() if name not in ("sums", "left", "read")}
     scratch_types = mosaic.buffers(shape, plan, keys.dtype, interpretable)
+    if not interpretable:  # results go another way too
+        del scratch_types["plain_smem"]
     scratch_types |= {"products": of_products, "row_smem": plgpu.SMEM((2, num_rows), jnp.float32)}
     scratch_types |= newest.buffers(plan.num_streams)
     if exchange is not None:
@@ -168,12 +186,11 @@ def _launch(
 def _product_launch(products: Sequence[Product], shape: Shape, plan: Plan) -> product_plan.Launch:
     """Block k of a cluster, with all its warpgroups, makes tile k of each product."""
     form, num_rows = form_of(products[0].weight), ROWS_AT_ONCE
-    exchanged = newest.num_bytes(plan.num_streams) + 1024
-    room = compat.MAX_SMEM_BYTES - shape.smem_bytes(plan) - exchanged
-    plans = [
-        product_plan.Plan(plan.warpgroups, stages, groups=1, splits=plan.splits) for stages in range(2, STAGES + 1)
-    ]
-    fitting = [p for p in plans if p.smem_bytes(form, num_rows) <= room] or plans[:1]
+    # Of a plan for products there is no use for what its sums would take.
+    beside = shape.smem_bytes(plan) - SCRATCH_BYTES + newest.num_bytes(plan.num_streams) + ALIGNMENT_BYTES
+    beside -= plan.warpgroups * product_plan.Plan(1, 0).smem_bytes(form, num_rows)
+    plans = [product_plan.Plan(plan.warpgroups, stages, splits=plan.splits) for stages in range(2, STAGES + 1)]
+    fitting = [p for p in plans if p.smem_bytes(form, num_rows) + beside <= _room(plan)] or plans[:1]
     operands = tuple(
         product_plan.Operand(form, product.x.shape[1], product.num_outputs, i * shape.K)
         for i, product in enumerate(products)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import compat, dispatch
 from pallas_kernels.quantized_matmul import deferred
 from pallas_kernels.quantized_matmul.formats import QuantizedWeight
+from pallas_kernels.quantized_matmul.integers import IntegerRows
 from pallas_kernels.quantized_matmul.product import (
     MAX_ROWS,
     SIDE,
@@ -87,6 +89,7 @@ def project(
     candidates = {"mosaic": lambda: _mosaic_reason(products, moments), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
     if dispatch.choose("project", implementation, candidates) == "xla":
+        products = [dataclasses.replace(product, x=_as_floats(product.x)) for product in products]
         if moments is not None:
             products = [dataclasses.replace(product, x=deferred.finish(product.x, moments)) for product in products]
         return [_project_xla(product) for product in products]
@@ -110,6 +113,10 @@ def project(
 def _in_eights(product: Product) -> Product:
     rotary = None if product.rotary is None else tuple(map(in_eights, product.rotary))
     return dataclasses.replace(product, x=in_eights(product.x), rotary=rotary)
+
+
+def _as_floats(x: Any) -> Array:
+    return x.floats().astype(x.dtype) if isinstance(x, IntegerRows) else x
 
 
 def _project_xla(product: Product) -> Array:
@@ -136,6 +143,6 @@ def _mosaic_reason(products: Sequence[Product], moments: deferred.Moments | None
         return reason
     if moments is not None and (reason := deferred.reason_against_kernel()) is not None:
         return reason
-    if len({product.x.shape for product in products}) > 1:
-        return "it takes x of one shape"
+    if len({(product.x.shape, getattr(product.x, "num_held", None)) for product in products}) > 1:
+        return "it takes x of one shape and kind"
     return reason_against_products(products)

@@ -27,9 +27,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.integers import NUM_AFFINE
 from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE, SIDE
 
-SCALE_ROW, SHIFT_ROW = ROWS_AT_ONCE - 2, ROWS_AT_ONCE - 1
+SCALE_ROW, SHIFT_ROW = range(ROWS_AT_ONCE - NUM_AFFINE, ROWS_AT_ONCE)
 
 
 @jax.tree_util.register_dataclass

@@ -42,6 +42,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 GROUP, TILE_OUTPUTS = 128, 64  # inputs and outputs of a tile
+ROWS_AT_ONCE = 8  # of x, by the matrix instruction
 # What the scale that just holds a group's largest weight is multiplied by, to be tried: the least squared error wins.
 SHRINKING = tuple(1.0 - 0.02 * step for step in range(14))
 

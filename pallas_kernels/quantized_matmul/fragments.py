@@ -16,6 +16,7 @@ from jaxlib.mlir import ir
 from pallas_kernels.instructions import REF, THREADS, add, inlined, multiply, own_thread, shared_address
 from pallas_kernels.quantized_matmul.formats import GROUP, unpack
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.integers import CODE_OFFSET, in_order
 
 # Inputs of one operand: as many as 128 bytes of the other one hold.
 DEPTH = 64
@@ -40,17 +41,61 @@ def fragments(words: Any, form: str, *, interpretable: bool) -> list[Any]:
     return emit(words)
 
 
-def operand(words: ir.Value, form: str, part: int) -> Any:
-    """A part of 64 inputs, in `inline_mgpu`: registers [block of 8 inputs, half of 16 outputs], two inputs each."""
-    i32, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
+def integer_fragments(words: Any, form: str, *, interpretable: bool) -> list[Any]:
+    """The codes of a group as int8 [64 outputs, 64 inputs], twice, inputs in the order of integers.py. Those of 4 bits
+    are `CODE_OFFSET[form]` too large.
+
+    words: as of `fragments`.
+    """
+    if interpretable:
+        codes = in_order(unpack(words[...].reshape(1, 1, -1)), form) + CODE_OFFSET[form]
+        return [codes[:, start : start + DEPTH].astype(jnp.int8) for start in range(0, GROUP, DEPTH)]
+
+    shape = plgpu.ShapeDtypeStruct((TILE, DEPTH), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
+
+    @inlined(REF, return_type=[shape] * (GROUP // DEPTH))
+    def emit(_, words):
+        return [integer_operand(words, form, part) for part in range(GROUP // DEPTH)]
+
+    return emit(words)
+
+
+def integer_operand(words: ir.Value, form: str, part: int) -> Any:
+    """A part of 64 inputs, in `inline_mgpu`: registers [16 inputs, half of 16 outputs], four inputs each."""
+    i32, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+    mine = _own_words(words, form, part)
+    registers = np.empty((STEPS, 2), dtype=object)
+    for step, row_half in np.ndindex(STEPS, 2):
+        if form == "int8":
+            word, ptx = mine[2 * step + row_half], "xor.b32 $0, $1, 0x80808080;"  # code + 128 as code
+        elif row_half == 0:
+            word, ptx = mine[step], "and.b32 $0, $1, 0x0F0F0F0F;"
+        else:
+            word, ptx = mine[step], "{ .reg .b32 a; shr.u32 a, $1, 4; and.b32 $0, a, 0x0F0F0F0F; }"
+        codes = mgpu.utils.inline_ptx(ptx, word, result_types=i32)
+        registers[step, row_half] = mgpu.utils.bitcast(codes, four)
+    layout = plgpu.Layout.WGMMA_8BIT.to_mgpu()
+    registers = registers.reshape(layout.registers_shape((TILE, DEPTH)))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+
+def _own_words(words: ir.Value, form: str, part: int) -> list[ir.Value]:
+    """A thread's words of a part of 64 inputs."""
     start = add(shared_address(words), multiply(own_thread(), 16))
-    words_per_step = {"int8": 2, "int4": 1}[form]
-    num_words = STEPS * words_per_step
+    num_words = STEPS * {"int8": 2, "int4": 1}[form]
     mine = []
     for quad in range(num_words // 4):
         at = add(start, (part * num_words // 4 + quad) * THREADS * 16)
         ptx = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
-        mine += mgpu.utils.inline_ptx(ptx, at, result_types=[i32] * 4, has_side_effects=True)
+        four = [ir.IntegerType.get_signless(32)] * 4
+        mine += mgpu.utils.inline_ptx(ptx, at, result_types=four, has_side_effects=True)
+    return mine
+
+
+def operand(words: ir.Value, form: str, part: int) -> Any:
+    """A part of 64 inputs, in `inline_mgpu`: registers [block of 8 inputs, half of 16 outputs], two inputs each."""
+    bf16 = ir.BF16Type.get()
+    mine = _own_words(words, form, part)
     layout = mgpu.WGMMA_LAYOUT
     registers = np.empty((2 * STEPS, 2), dtype=object)
     for step in range(STEPS):

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.hopper import LOG2E, filled, rounded, store, wait_until_results_have_left
-from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
+from pallas_kernels.quantized_matmul.deferred import Moments
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
+from pallas_kernels.quantized_matmul.integers import IntegerRows
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch
 from pallas_kernels.quantized_matmul.product import Product
 from pallas_kernels.quantized_matmul.rows import (
@@ -54,7 +55,8 @@ def _launch(
 ) -> list[Array]:
     num_rows, width = products[0].x.shape
     weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
-    launch = input_launch(weights, outputs, num_rows, num_sms, plan)
+    integers = products[0].x if isinstance(products[0].x, IntegerRows) else None
+    launch = input_launch(weights, outputs, num_rows, num_sms, plan, integers=integers is not None)
     plan = launch.plan
     # Where a result goes into slots, they are an argument that the kernel writes to.
     out_types = [
@@ -94,7 +96,7 @@ def _launch(
         run(plan, warpgroup, make, consume)
 
     scratch_types: dict[str, Any] = {
-        "smem": scratch(launch, num_rows),
+        "smem": scratch(launch, num_rows, integers=integers),
         "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
     }
     if moments is not None:
@@ -231,7 +233,7 @@ class _Epilogue:
             outputs, layout = pl.ds(first + half * HALF, HALF), HALF_ROWS
         y = stream.gathered(number, half)
         if self.norm is not None:
-            scale, shift = (stream.gathered(number, half, row) for row in (SCALE_ROW, SHIFT_ROW))
+            scale, shift = (stream.gathered(number, half, row) for row in stream.affine_rows)
             y = self.norm.end(y, scale, shift, layout)
         y = y.astype(dtype)
         if bias is not None:

@@ -103,12 +103,14 @@ class Launch:
 
 
 def input_launch(
-    weights: Sequence[Any], outputs: Sequence[int], num_rows: int, num_sms: int, plan: Plan | None = None
-) -> Launch:
-    """Of products side by side: weights of as many inputs, with `outputs` each."""
+    weights: Sequence[Any], outputs: Sequence[int], num_rows: int, num_sms: int, plan: Plan | None = None,
+    *, integers: bool = False,
+) -> Launch:  # fmt: skip
+    """Of products side by side: weights of as many inputs, with `outputs` each. integers: whether x comes as such."""
     form = form_of(weights[0])
     if plan is None:
         available = compat.MAX_SMEM_BYTES - 1024 - 4 * num_rows * TILE * 2  # tiles on their way out
+        available -= 4096 * integers  # what is beside x: 128 bytes for each 128 inputs
         # Of three forms int4 alone gains by a producer, a quarter: the rest waits for memory in any case.
         plan = fitting_plan(form, num_rows, available, producer=form == "int4")
     operands, num_tiles = [], 0

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.quantized_matmul.formats import QuantizedWeight, storage
+from pallas_kernels.quantized_matmul.formats import ROWS_AT_ONCE, QuantizedWeight, storage
+from pallas_kernels.quantized_matmul.integers import IntegerRows
 
 MAX_ROWS = 64  # of x, up to which weights are streamed by them (stream.py); more are prompts (wide_tiles.py)
-ROWS_AT_ONCE = 8  # the matrix instruction's
 SIDE = 64  # inputs and outputs come in multiples of it
 
 
@@ -24,7 +24,7 @@ SIDE = 64  # inputs and outputs come in multiples of it
 class Product:
     """activation(x @ weight + bias): [..., O] in x's dtype.
 
-    x: [..., I].
+    x: [..., I], or [8, I] as IntegerRows for weights of this form. Of rows that these lack anything comes out.
     weight: [I, O], or a QuantizedWeight of as many.
     num_outputs: O.
     bias: [O] or None, added to the product rounded to x's dtype.
@@ -51,6 +51,8 @@ class Product:
     def check(self, caller: str) -> None:
         """Raises ValueError, in the name of `caller`, where the weight or the bias does not fit x."""
         x, weight, num_outputs, num_rows = self.x, self.weight, self.num_outputs, self.num_rows
+        if isinstance(x, IntegerRows) and x.form != form_of(weight):
+            raise ValueError(f"{caller}: x as integers for weights of {x.form!r} with one of {form_of(weight)!r}")
         if self.rotary is not None and (
             num_outputs % SIDE or any(angles.shape != (num_rows, SIDE // 2) for angles in self.rotary)
         ):
@@ -122,7 +124,9 @@ def in_order(num_rows: int, form: str, candidates: Mapping[str, Any]) -> dict[st
     return {name: candidates[name] for name in names}
 
 
-def in_eights(x: jax.Array) -> jax.Array:
-    """x [..., I] as rows [R, I], R a multiple of 8: the last ones are zeros."""
+def in_eights(x: Any) -> Any:
+    """x [..., I] as rows [R, I], R a multiple of 8: the last ones are zeros. IntegerRows are that already."""
+    if isinstance(x, IntegerRows):
+        return x
     x = x.reshape(-1, x.shape[-1])
     return jnp.pad(x, ((0, -x.shape[0] % ROWS_AT_ONCE), (0, 0)))

@@ -8,7 +8,8 @@ much as eight, and 64 eight times that.
     partial sums [64 outputs, rows] = weights [64 outputs, inputs] @ x^T [inputs, rows]
 
 Weights of 16 bits are multiplied out of shared memory. Those of 8 and 4 bits are made bfloat16 in registers, and what
-a chunk's group comes to is multiplied by its scale in float32.
+a chunk's group comes to is multiplied by its scale in float32. Where x comes as integers (integers.py), they are
+multiplied as such, and what 64 inputs come to by both scales.
 
 A launch has several weights. Either each has its own tiles, side by side (the input stage), or all have the same tiles
 and are added up (the output stage). What differs is `Operand.first_tile`.
@@ -27,10 +28,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import filled, tiled
+from pallas_kernels.hopper import filled, store, tiled
 from pallas_kernels.quantized_matmul.formats import GROUP, QuantizedWeight, storage
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments
+from pallas_kernels.quantized_matmul.fragments import DEPTH, fragments, integer_fragments
+from pallas_kernels.quantized_matmul.integer_sums import BY_ROWS, sum_of_blocks
+from pallas_kernels.quantized_matmul.integers import BLOCK, NUM_AFFINE, IntegerRows
 from pallas_kernels.quantized_matmul.plan import Launch, Plan
 from pallas_kernels.quantized_matmul.rows import HALF_ROWS, ROWS, load
 
@@ -49,13 +52,18 @@ def arrays_of(weight: Any) -> list[jax.Array]:
     return [words, scales.reshape(scales.shape[0], -1, TILE)]
 
 
-def scratch(launch: Launch, num_rows: int) -> dict[str, Any]:
-    """Shared memory and barriers of the streams of a block."""
+def scratch(launch: Launch, num_rows: int, *, integers: IntegerRows | None = None) -> dict[str, Any]:
+    """Shared memory and barriers of the streams of a block. integers: x, if it comes as such."""
     form, plan = launch.form, launch.plan
     W, stages, width, groups = plan.warpgroups, plan.stages, plan.width, plan.groups
-    num_copies = 1 + (width if form == "native" else 2 * width)
-    buffers = {
-        "x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16),
+    num_copies = 1 + (integers is not None) + (width if form == "native" else 2 * width)
+    if integers is None:
+        buffers: dict[str, Any] = {"x": tiled(W, stages, num_rows, groups * GROUP, dtype=jnp.bfloat16)}
+    else:
+        buffers = {"x": integer_rows(W, stages, 2 * integers.num_held, groups * GROUP)}
+        blocks = W, stages, groups * (GROUP // BLOCK), 2 * integers.num_held
+        buffers["x_blocks"] = plgpu.SMEM(blocks, jnp.int32)
+    buffers |= {
         "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * stages),
         "sums": plgpu.SMEM((PARITIES, W, num_rows, TILE), jnp.float32),
         "left": plgpu.Barrier(num_arrivals=W, num_barriers=max(W, PARITIES)),
@@ -70,8 +78,16 @@ def scratch(launch: Launch, num_rows: int) -> dict[str, Any]:
     buffers["weights"] = plgpu.SMEM((W, stages, width, groups, num_words // 128, 128), jnp.int32)
     buffers["scales"] = plgpu.SMEM((W, stages, width, count, TILE), dtype)
     if compat.interpreting():  # which takes both operands from shared memory
-        buffers["codes"] = tiled(W, TILE, DEPTH, dtype=jnp.bfloat16)
+        buffers["codes"] = (
+            tiled(W, TILE, DEPTH, dtype=jnp.bfloat16) if integers is None else integer_rows(W, TILE, DEPTH)
+        )
     return buffers
+
+
+def integer_rows(*shape: int) -> Any:
+    """Shared memory of int8 as the tensor cores read it by 64 inputs."""
+    transforms = plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, jnp.int8, transforms=transforms)
 
 
 class Stream:
@@ -82,7 +98,7 @@ class Stream:
     Args:
       weights: each operand's arrays in device memory.
       block, split, warpgroup: whose it is.
-      xs: each operand's x [R, I] in device memory.
+      xs: each operand's x [R, I] in device memory, or what it is as IntegerRows.
       smem: as `scratch` says.
       in_turn: whether the block's warpgroups finish its tiles in turn, or the first one all.
     """
@@ -102,6 +118,10 @@ class Stream:
     ):
         self.launch, self.operands, self.plan, self.form = launch, launch.operands, launch.plan, launch.form
         self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
+        self.integers = isinstance(xs[0], IntegerRows)
+        # Rows of x, and those of which there are products: of the sums that warpgroups leave the first ones.
+        self.num_rows = xs[0].shape[0]
+        self.num_held = xs[0].num_held if self.integers else self.num_rows
         plan, self.is_sum = self.plan, launch.is_sum
         self.block, self.warpgroup, self.in_turn = block, warpgroup, in_turn
         # This one's index among those that share out a tile's inputs.
@@ -155,7 +175,8 @@ class Stream:
 
     def sums(self, turn: Any) -> list[Any]:
         """Partial sums float32 [64 outputs, R] of a turn's tiles."""
-        totals = [filled((TILE, self.xs[0].shape[0]), 0.0, MATRIX) for _ in range(self.plan.width)]
+        layout = BY_ROWS if self.integers else MATRIX
+        totals = [filled((TILE, self.num_held), 0.0, layout) for _ in range(self.plan.width)]
         start = 0 if self.has_one_turn else turn * self.per_turn
         for count in self.counts:
             totals = lax.fori_loop(0, count, functools.partial(self._add_chunk, start), totals)
@@ -199,8 +220,12 @@ class Stream:
         return self.smem["full"].at[self.warpgroup * self.plan.stages + slot]
 
     def _copy_x(self, k: int, slot: Any, within: Any) -> None:
-        inputs = pl.ds(self._group(within) * GROUP, self.plan.groups * GROUP)
-        plgpu.copy_gmem_to_smem(self.xs[k].at[:, inputs], self.smem["x"].at[self.warpgroup, slot], self._full(slot))
+        inputs, x, at = pl.ds(self._group(within) * GROUP, self.plan.groups * GROUP), self.xs[k], (self.warpgroup, slot)
+        if self.integers:
+            blocks = pl.ds(self._group(within) * (GROUP // BLOCK), self.plan.groups * (GROUP // BLOCK))
+            plgpu.copy_gmem_to_smem(x.blocks.at[blocks], self.smem["x_blocks"].at[at], self._full(slot))
+            x = x.values
+        plgpu.copy_gmem_to_smem(x.at[:, inputs], self.smem["x"].at[at], self._full(slot))
 
     def _copy_tile(self, k: int, slot: Any, within: Any, i: int, tile: Any) -> None:
         """tile: of the operand's."""
@@ -247,35 +272,47 @@ class Stream:
         return [total + product for total, product in zip(totals, made, strict=True)]
 
     def _add_quantized(self, slot: Any, totals: list[Any]) -> list[Any]:
-        x, weights = (self.smem[name].at[self.warpgroup, slot] for name in ("x", "weights"))
+        at_slot = (self.warpgroup, slot)
+        x, weights = (self.smem[name].at[at_slot] for name in ("x", "weights"))
         units = [(group, i) for group in range(self.plan.groups) for i in range(self.plan.width)]
+        cut, layout = (integer_fragments, BY_ROWS) if self.integers else (fragments, MATRIX)
 
         def operands(number: int) -> list[Any]:
             if number == len(units):
                 return []
             group, i = units[number]
-            return fragments(weights.at[i, group], self.form, interpretable=self.interpretable)
+            return cut(weights.at[i, group], self.form, interpretable=self.interpretable)
 
         totals, parts = list(totals), operands(0)
         for number, (group, i) in enumerate(units):
 
-            def product(accumulator: Any, parts: list[Any] = parts, group: int = group, number: int = number) -> Any:
+            def products(*accumulators: Any, parts: list[Any] = parts, group: int = group, number: int = number) -> Any:
                 for part, codes in enumerate(parts):
                     inputs = pl.ds(group * GROUP + part * DEPTH, DEPTH)
+                    accumulator = accumulators[part % len(accumulators)]
                     plgpu.wgmma(accumulator, self._left(codes), x.at[:, inputs].transpose((1, 0)))
                     if self.interpretable:
                         plgpu.wgmma_wait(0)
-                following = operands(number + 1)  # while the product is under way
-                return accumulator[...], following
+                following = operands(number + 1)  # while the products are under way
+                return [accumulator[...] for accumulator in accumulators], following
 
-            made, parts = pl.run_scoped(product, self._accumulator())
-            at = (self.warpgroup, slot, i, 0 if self.form == "int8" else group)
-            scale = plgpu.load(self.smem["scales"].at[at], layout=MATRIX.reduce(1), optimized=False)
-            totals[i] += made * lax.broadcast_in_dim(scale.astype(jnp.float32), made.shape, [0])
+            # Integers of 64 inputs have a scale of their own.
+            num_sums = len(parts) if self.integers else 1
+            made, parts = pl.run_scoped(products, *[self._accumulator()] * num_sums)
+            if self.integers:
+                blocks = [self.smem["x_blocks"].at[(*at_slot, group * num_sums + part)] for part in range(num_sums)]
+                y = sum_of_blocks(made, blocks, self.form, interpretable=self.interpretable)
+            else:
+                (y,) = made
+            at = (*at_slot, i, 0 if self.form == "int8" else group)
+            scale = plgpu.load(self.smem["scales"].at[at], layout=layout.reduce(1), optimized=False)
+            totals[i] += y * lax.broadcast_in_dim(scale.astype(jnp.float32), y.shape, [0])
         return totals
 
     def _accumulator(self) -> Any:
-        return plgpu.WGMMAAccumulatorRef((TILE, self.xs[0].shape[0]), jnp.float32)
+        if self.integers:
+            return plgpu.WGMMAAccumulatorRef((TILE, 2 * self.num_held), jnp.int32)
+        return plgpu.WGMMAAccumulatorRef((TILE, self.num_rows), jnp.float32)
 
     def _left(self, codes: Any) -> Any:
         """The left operand: in registers, but for the interpreter in shared memory."""
@@ -303,8 +340,11 @@ class Stream:
         """
         parity = _parity(number)
         pl.when(jnp.int32(number) >= PARITIES)(lambda: plgpu.barrier_wait(self.smem["read"].at[parity]))
-        target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
-        target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
+        if self.integers:
+            store(self.smem["sums"].at[parity, self.warpgroup, pl.ds(0, self.num_held)].transpose((1, 0)), partial)
+        else:
+            target = self.smem["sums"].at[parity, self.warpgroup].transpose((1, 0))
+            target[...] = plgpu.layout_cast(partial, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self._left_barrier(number))
 
@@ -316,6 +356,12 @@ class Stream:
         """Of a tile's finisher: what it has `gathered` may be replaced, if there is a tile left to do so."""
         is_replaced = number + PARITIES < self.num_turns * self.plan.width
         pl.when(is_replaced)(lambda: plgpu.barrier_arrive(self.smem["read"].at[_parity(number)]))
+
+    @property
+    def affine_rows(self) -> tuple[int, int]:
+        """Where the sums have the products of a deferred norm's scale and shift: the last two."""
+        first = self.num_held - NUM_AFFINE
+        return first, first + 1
 
     def gathered(self, number: Any, half: int | None = None, row: int | None = None) -> Any:
         """What all warpgroups have left of a tile, added up in their order: float32 [R, 64 outputs], as ROWS.

@@ -1,5 +1,6 @@
 """A few tokens through fused stages: the same numbers as through plain layers, for every variant."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -140,6 +141,36 @@ def test_kernels_stay_within_twice_the_error_of_xla(name, weights):
     plain, _ = through_stages(config, params, cache, ids, num_tokens, "xla")
     cache = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, cache)
     exact, _ = through_stages(config, model_params.cast(params, jnp.float32), cache, ids, num_tokens, "xla")
+    require_close(made, plain, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "num_rows", "implementation"),
+    [
+        ("falcon-40b-alibi", "int4", 2, "xla"),
+        *thorough([("falcon-40b-alibi", "int4", 2, "mosaic"), ("falcon-rw-1b", "int8", 3, "mosaic")]),
+    ],
+)
+def test_input_stages_that_read_integers(monkeypatch, name, weights, num_rows, implementation):
+    config = dataclasses.replace(small(name), max_tokens=47)  # no other test's, whose traces would be taken
+    params, cache, ids = start(config, num_rows, 1, jnp.bfloat16, weights)
+    arguments, num_tokens = (config, params, cache, ids), jnp.ones(num_rows, jnp.int32)
+    monkeypatch.setattr(deferred, "reason_against_kernel", lambda: None)
+    plain, _ = through_stages(*arguments, num_tokens, "xla")
+    exact_cache = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, cache)
+    exact, _ = through_stages(config, model_params.cast(params, jnp.float32), exact_cache, ids, num_tokens, "xla")
+    jax.clear_caches()
+    read, project = [], stages.project
+
+    def noted(products, **options):
+        read.append({getattr(product.x, "num_held", None) for product in products})
+        return project(products, **options)
+
+    monkeypatch.setattr(stages, "integers_pay", lambda config, weights: True)
+    monkeypatch.setattr(stages, "project", noted)
+    with interpreted() if implementation == "mosaic" else contextlib.nullcontext():
+        made, _ = jax.block_until_ready(through_stages(*arguments, num_tokens, implementation))
+    assert read and all(held == {4 if num_rows <= 2 else 8} for held in read)
     require_close(made, plain, exact)
 
 

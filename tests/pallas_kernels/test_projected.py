@@ -104,6 +104,11 @@ def test_it_is_one_launch_without_spills(compiler, form, num_heads):
     report = compiler.compile(step, products, moments, cache, cache, one, one, slopes=slopes)
     require_no_problems(report)
     assert [name for name in report.launches if name != "copy"] == ["mosaic_gpu_v2"]
+    # Clusters of four do not all find room unless two blocks share a multiprocessor.
+    [kernel] = report.kernels
+    at_once = (compat.MAX_SMEM_BYTES + 1024) // (kernel.shared_memory_bytes + 1024)
+    assert at_once == (2 if num_heads == 32 else 1)
+    print(kernel)
 
 
 def test_what_it_does_not_take():
