@@ -58,16 +58,15 @@ def wait_for_all_sent(barrier: Any) -> None:
     emit(barrier)
 
 
-def send1(address: ir.Value, value: ir.Value, barrier: ir.Value, predicate: ir.Value) -> None:
-    """In emitted code: one float32 on its way, from threads of which that is said."""
-    ptx = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2];"
-    do(ptx, address, value, barrier, predicate=predicate)
-
-
-def send4(address: ir.Value, values: Sequence[ir.Value], barrier: ir.Value) -> None:
-    """In emitted code: four float32 on their way; address and barrier as `in_block` gives them."""
-    ptx = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$1, $2, $3, $4}, [$5];"
-    do(ptx, address, *values, barrier)
+def send(
+    address: ir.Value, values: Sequence[ir.Value], barrier: ir.Value, *, predicate: ir.Value | None = None
+) -> None:
+    """In emitted code: one, two or four float32 on their way; address and barrier as `in_block` gives them."""
+    several = "" if len(values) == 1 else f".v{len(values)}"
+    places = ", ".join(f"${i + 1}" for i in range(len(values)))
+    ptx = f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{several}.f32 [$0], "
+    ptx += (places if len(values) == 1 else f"{{{places}}}") + f", [${len(values) + 1}];"
+    do(ptx, address, *values, barrier, predicate=predicate)
 
 
 def in_block(address: ir.Value, block: ir.Value) -> ir.Value:

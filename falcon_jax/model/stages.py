@@ -41,6 +41,7 @@ from pallas_kernels.quantized_matmul.integers import FEW_TOKENS, Integers
 from pallas_kernels.sharded import HEAD_AXIS
 
 if TYPE_CHECKING:
+    from falcon_jax.config import FalconConfig
     from falcon_jax.model.cache import KVCache
     from falcon_jax.model.decoder import Block, FalconDecoder
     from falcon_jax.model.linear import LayerNorm, Linear

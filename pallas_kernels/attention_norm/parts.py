@@ -46,7 +46,7 @@ def send(smem: dict[str, Any], i: int, split: Any, y: Any) -> None:
         start = arith.addi(start, arith.muli(first, integer(4)))
         for eighth, register in enumerate(y.registers.flat):
             address = sending.in_block(arith.addi(start, integer(eighth * 8 * TILE * 4)), first_block)
-            sending.send4(address, [element(register, k) for k in range(4)], barrier)
+            sending.send(address, [element(register, k) for k in range(4)], barrier)
 
     emit(smem["parts"], smem["parts_there"], split, y)
 

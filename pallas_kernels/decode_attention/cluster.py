@@ -218,8 +218,8 @@ class Exchange:
             _store4(arith.addi(here, weights_offset), weights)
             return
         there, barrier = sending.in_block(here, target), sending.in_block(shared_address(arrived), target)
-        sending.send4(there, piece, barrier)
-        sending.send4(arith.addi(there, weights_offset), weights, barrier)
+        sending.send(there, piece, barrier)
+        sending.send(arith.addi(there, weights_offset), weights, barrier)
 
     def _finish(self, sent: Any, out: Any, share: Any, slot: Any, lane: Any, first_row: Any, num_heads: Any) -> None:
         results = []

@@ -256,17 +256,21 @@ class Warpgroup:
         """Of the row: its keys."""
         return jnp.minimum(self.arrays["lengths"][self.row], self.shape.capacity)
 
+    def num_mine(self, length: Any) -> Any:
+        """Tiles of this warpgroup."""
+        return pl.cdiv(pl.cdiv(length, self.plan.keys) - self.stream, self.plan.num_streams)
+
     @property
     def has_first(self) -> Any:
         """Whether this warpgroup's first tile is copied whatever the row's length is: nobody waits for that then."""
         return not self.is_paged and self.stream * self.plan.keys < self.shape.capacity
 
     def begin(self, length: Any) -> Any:
-        """Starts the first copies, and returns how many tiles this warpgroup has."""
+        """Starts the first copies, and returns `num_mine`."""
         if not self.is_paged:  # the page of a tile is not known before the length is
             pl.when(self.has_first)(lambda: self.copy_tile(jnp.int32(0), None))
         self.open()
-        num_mine = pl.cdiv(pl.cdiv(length, self.plan.keys) - self.stream, self.plan.num_streams)
+        num_mine = self.num_mine(length)
         for n in range(0 if self.is_paged else 1, self.plan.stages):
             pl.when(n < num_mine)(functools.partial(self.copy_tile, jnp.int32(n), length))
         return num_mine
@@ -339,6 +343,10 @@ class Warpgroup:
     def slot(self, n: Any) -> Any:
         return lax.rem(n, jnp.int32(self.plan.stages))
 
+    def tile(self, name: str, slot: Any) -> Any:
+        """Shared memory [keys, H] of this warpgroup for a tile of K or V."""
+        return self.smem[f"{name}_smem"].at[self.index, slot]
+
     def barrier(self, slot: Any) -> Any:
         return self.index * self.plan.stages + slot
 
@@ -349,7 +357,7 @@ class Warpgroup:
     def copy_part(self, name: str, n: Any, length: Any) -> None:
         """Starts the copy of this warpgroup's n-th tile of K or V."""
         source, slot = self.arrays[name], self.slot(n)
-        target = self.smem[f"{name}_smem"].at[self.index, slot]
+        target = self.tile(name, slot)
         full = self.smem[f"{name}_full"].at[self.barrier(slot)]
         if not self.is_paged:
             tile = source.at[self.row, pl.ds(self.first_key(n), self.plan.keys), self.kv_head]
@@ -376,7 +384,7 @@ class Warpgroup:
         def step(n, carry):
             sums, maxima, totals = carry
             slot = self.slot(n)
-            k, v = (self.smem[name].at[self.index, slot] for name in ("k_smem", "v_smem"))
+            k, v = self.tile("k", slot), self.tile("v", slot)
             plgpu.barrier_wait(self.smem["k_full"].at[self.barrier(slot)])
             self.complete("k", n, length)
 

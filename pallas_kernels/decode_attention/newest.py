@@ -1,8 +1,9 @@
 """What the blocks of a head tell one another of its newest token, and where it goes: the instructions (projected.py).
 
 Each warpgroup of a cluster has sums over some of the inputs, [64 outputs, 8 rows] of float32 as the matrix instruction
-leaves them. Four of a thread's are two outputs of two rows; those of rows 0 and 1, and of 6 and 7, are sent, which are
-the token and what a deferred norm wants (quantized_matmul/deferred.py). The cluster's first block adds them up.
+leaves them: of four threads side by side each has two outputs of two rows. Row 0 is sent, the token, by the first of
+them, and by the last one rows 6 and 7, which a deferred norm wants (quantized_matmul/deferred.py). The cluster's first
+block adds up.
 """
 
 from typing import Any
@@ -37,7 +38,9 @@ HEAD = 64  # outputs of each
 ROWS = 8
 # An output of a sum, which the four threads of a row of the matrix have alike.
 PER_OUTPUT = MATRIX.reduce(1)
-_PART_BYTES = 1024  # of a warpgroup's sums: 64 threads, 16 bytes each
+_FOURS = 32  # in a warpgroup
+_LAST_BYTES, _FIRST_BYTES = 16, 8  # what the last and the first of four send
+_PART_BYTES = _FOURS * (_LAST_BYTES + _FIRST_BYTES)
 _NEWEST_BYTES = 4 * len(NAMES) * HEAD
 
 
@@ -68,11 +71,15 @@ def make_ready(smem: dict[str, Any], warpgroup: Any) -> None:
     emit(smem["parts_there"], smem["newest_there"], jnp.int32(warpgroup))
 
 
-def _own_part(parts: ir.Value, number: ir.Value) -> ir.Value:
-    """Address of what a thread sends of a part, or reads: threads 1 and 2 of four read what is not theirs."""
-    thread = own_thread()
-    at = add(multiply(arith.divui(thread, integer(4)), 2), arith.remui(arith.divui(thread, integer(2)), integer(2)))
-    return add(shared_address(parts), multiply(number, _PART_BYTES), multiply(at, 16))
+def _places_in_part(parts: ir.Value, number: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Addresses of a part, by its number in `parts`: what the last and what the first of this thread's four sends."""
+    start, four = add(shared_address(parts), multiply(number, _PART_BYTES)), arith.divui(own_thread(), integer(4))
+    of_first = add(start, _FOURS * _LAST_BYTES, multiply(four, _FIRST_BYTES))
+    return add(start, multiply(four, _LAST_BYTES)), of_first
+
+
+def _is_of_four(which: int) -> ir.Value:
+    return arith.cmpi(arith.CmpIPredicate.eq, arith.remui(own_thread(), integer(4)), integer(which))
 
 
 def send_part(smem: dict[str, Any], which: int, share: Any, partial: Any) -> None:
@@ -81,32 +88,40 @@ def send_part(smem: dict[str, Any], which: int, share: Any, partial: Any) -> Non
 
     @inlined(REF, REF, SCALAR, MATRIX)
     def emit(_, parts, there, share, partial):
-        four = arith.remui(own_thread(), integer(4))
-        outer = arith.remui(arith.divui(add(four, 1), integer(2)), integer(2))  # 0 of threads 0 and 3
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, outer, integer(0))):
-            address = sending.in_block(_own_part(parts, add(scalar(share), which * num_shares)), integer(0))
-            values = [element(register, i) for register in partial.registers.flat for i in range(2)]
-            sending.send4(address, values, sending.in_block(shared_address(there), integer(0)))
+        places = _places_in_part(parts, add(scalar(share), which * num_shares))
+        of_last, of_first = (sending.in_block(place, integer(0)) for place in places)
+        barrier = sending.in_block(shared_address(there), integer(0))
+        values = [element(register, i) for register in partial.registers.flat for i in range(2)]
+        with mgpu.utils.when(_is_of_four(3)):
+            sending.send(of_last, values, barrier)
+        with mgpu.utils.when(_is_of_four(0)):
+            sending.send(of_first, values[::2], barrier)
 
     emit(smem["parts"], smem["parts_there"], jnp.int32(share), partial)
 
 
 def sum_of_parts(smem: dict[str, Any], which: int) -> Any:
-    """In the first block, when all have come: [64, 8], in the order of the shares. Of rows 2 to 5 it is anything."""
+    """In the first block, when all have come: [64, 8], in the order of the shares. Of rows 1 to 5 it is anything."""
     num_shares = smem["parts"].shape[1]
     shape = plgpu.ShapeDtypeStruct((HEAD, ROWS), jnp.float32, layout=MATRIX)
 
     @inlined(REF, return_type=shape)
     def emit(_, parts):
-        total: list[Any] = []
+        totals: list[Any] = []
         for share in range(num_shares):
-            address = _own_part(parts, integer(which * num_shares + share))
-            part = make("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", address, num_results=4)
-            total = [arith.addf(x, y) for x, y in zip(total, part, strict=True)] if total else list(part)
+            of_last, of_first = _places_in_part(parts, integer(which * num_shares + share))
+            part = [
+                *make("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", of_last, num_results=4),
+                *make("ld.shared.v2.f32 {$0, $1}, [$2];", of_first, num_results=2),
+            ]
+            totals = [arith.addf(x, y) for x, y in zip(totals, part, strict=True)] if totals else part
+        *own, one, other = totals
+        first = _is_of_four(0)
+        own[0], own[2] = arith.select(first, one, own[0]), arith.select(first, other, own[2])
         layout = MATRIX.to_mgpu()
         registers = np.empty(layout.registers_shape((HEAD, ROWS)), dtype=object)
         two = ir.VectorType.get((2,), ir.F32Type.get())
-        registers.flat[:] = [vector.from_elements(two, total[i : i + 2]) for i in (0, 2)]
+        registers.flat[:] = [vector.from_elements(two, own[i : i + 2]) for i in (0, 2)]
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return emit(smem["parts"])
@@ -129,7 +144,7 @@ def send_newest(smem: dict[str, Any], which: int, y: Any, num_blocks: int) -> No
             barrier = sending.in_block(shared_address(there), block)
             for half, register in enumerate(y.registers.flat):
                 address = sending.in_block(add(own, 32 * half), block)
-                sending.send1(address, element(register, 0), barrier, exists)
+                sending.send(address, [element(register, 0)], barrier, predicate=exists)
 
     emit(smem["newest"], smem["newest_there"], y)
 

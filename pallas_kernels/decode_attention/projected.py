@@ -2,8 +2,9 @@
 
 A cluster of blocks has one head. Its warpgroups share out the inputs of the head's three projections, as an input
 stage does (quantized_matmul/stream.py); the first block adds up, ends the layer norm and sends query, key and value to
-all (newest.py). Then they attend as decode attention does (mosaic.py), whose first keys and values are on their way by
-then. So memory is read all the time, where two launches let it wait for some microseconds between them.
+all (newest.py). Then they attend as decode attention does (mosaic.py). A tile of keys and one of values take as much
+shared memory as a chunk of weights, and the first of them are on their way as soon as the last chunks make room. So
+memory is read all the time, where two launches let it wait for some microseconds between them.
 
 The new key and value are put into the tiles where they belong when these have come. Into the cache they go when all
 blocks have read it.
@@ -11,7 +12,7 @@ blocks have read it.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,23 +27,22 @@ from pallas_kernels.decode_attention import mosaic, newest
 from pallas_kernels.decode_attention.cluster import MATRIX, Exchange
 from pallas_kernels.decode_attention.mosaic import QUERIES, Settings, Warpgroup
 from pallas_kernels.decode_attention.newest import HEAD, NAMES, PER_OUTPUT
-from pallas_kernels.decode_attention.plan import SCRATCH_BYTES, Plan, Shape, default_plan
+from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
 from pallas_kernels.hopper import rounded, store
 from pallas_kernels.quantized_matmul import plan as product_plan
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
-from pallas_kernels.quantized_matmul.integers import IntegerRows
 from pallas_kernels.quantized_matmul.mosaic import Norm, parameters
-from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE, Product, form_of
+from pallas_kernels.quantized_matmul.product import Product, form_of
 from pallas_kernels.quantized_matmul.rows import load, over_rows
 from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, scratch
 
 # Blocks of a cluster: with one there is nothing to gain, and of more than eight not all GPUs hold as many.
 MIN_SPLITS, MAX_SPLITS = 2, 8
-PAIR = 2  # multiprocessors always lie together in twos
-ALIGNMENT_BYTES = 2048
-RESERVED_BYTES = 1024  # of shared memory, beside what a block asks for
-STAGES = 6  # chunks of weights under way, where there is room
-KEYS_STAGES = 3  # tiles of K, and of V, where two blocks share a multiprocessor
+# Of a cluster multiprocessors lie together, in twos always. A GPU has not as many fours as a fourth of its
+# multiprocessors, so that some clusters of four would come second, did not two blocks fit on one: with half the stages.
+PAIR = 2
+WARPGROUPS, STAGES_OF_PAIRS, STAGES = 2, 4, 2
+TILE_KEYS = 64
 
 
 def attend_projected(
@@ -98,17 +98,11 @@ def reason_against(products: Sequence[Product], cache_shape: tuple[int, ...]) ->
 
 def _plan(cache_shape: tuple[int, ...], num_sms: int, interpretable: bool) -> Plan:
     if interpretable:  # which has no words for what blocks send one another
-        return Plan(keys=64, warpgroups=1, stages=2, splits=1)
+        return Plan(TILE_KEYS, 1, STAGES, 1)
     B, S, K, H = cache_shape
     plan = default_plan(Shape(B, K, 1, H, S), num_sms)
-    return dataclasses.replace(plan, stages=KEYS_STAGES) if plan.splits > PAIR else plan
-
-
-def _room(plan: Plan) -> int:
-    """Shared memory that a block may have. A cluster needs multiprocessors that lie together, of which a GPU does not
-    have as many fours as a fourth of its multiprocessors: with one block on each some clusters would come second."""
-    whole = compat.MAX_SMEM_BYTES + RESERVED_BYTES
-    return (whole // 2 if plan.splits > PAIR else whole) - RESERVED_BYTES
+    stages = STAGES if plan.splits > PAIR else STAGES_OF_PAIRS
+    return dataclasses.replace(plan, keys=TILE_KEYS, warpgroups=WARPGROUPS, stages=stages)
 
 
 def _reason_against(
@@ -118,8 +112,8 @@ def _reason_against(
     if B != 1 or H != HEAD or any(product.num_outputs != K * H for product in products):
         outputs = [product.num_outputs for product in products]
         return f"it takes one row of {K} heads of {HEAD} throughout, not {B} rows of {outputs} outputs, heads of {H}"
-    if any(isinstance(product.x, IntegerRows) for product in products):
-        return "it takes no rows of integers"
+    if any(form_of(product.weight) != "native" for product in products):
+        return "it takes weights of 16 bits"  # of fewer a chunk takes another place than keys and values
     if any(product.rotary is not None or product.activation is not None for product in products):
         return "it neither rotates nor activates"
     if interpretable:
@@ -163,8 +157,8 @@ def _launch(
     if not interpretable:  # sums go another way, newest.py
         of_products = {name: buffer for name, buffer in of_products.items() if name not in ("sums", "left", "read")}
     scratch_types = mosaic.buffers(shape, plan, keys.dtype, interpretable)
-    if not interpretable:  # results go another way too
-        del scratch_types["plain_smem"]
+    for name in ("k_smem", "v_smem", *([] if interpretable else ["plain_smem"])):
+        del scratch_types[name]
     scratch_types |= {"products": of_products, "row_smem": plgpu.SMEM((2, num_rows), jnp.float32)}
     scratch_types |= newest.buffers(plan.num_streams)
     if exchange is not None:
@@ -185,17 +179,25 @@ def _launch(
 
 def _product_launch(products: Sequence[Product], shape: Shape, plan: Plan) -> product_plan.Launch:
     """Block k of a cluster, with all its warpgroups, makes tile k of each product."""
-    form, num_rows = form_of(products[0].weight), ROWS_AT_ONCE
-    # Of a plan for products there is no use for what its sums would take.
-    beside = shape.smem_bytes(plan) - SCRATCH_BYTES + newest.num_bytes(plan.num_streams) + ALIGNMENT_BYTES
-    beside -= plan.warpgroups * product_plan.Plan(1, 0).smem_bytes(form, num_rows)
-    plans = [product_plan.Plan(plan.warpgroups, stages, splits=plan.splits) for stages in range(2, STAGES + 1)]
-    fitting = [p for p in plans if p.smem_bytes(form, num_rows) + beside <= _room(plan)] or plans[:1]
     operands = tuple(
-        product_plan.Operand(form, product.x.shape[1], product.num_outputs, i * shape.K)
+        product_plan.Operand("native", product.x.shape[1], product.num_outputs, i * shape.K)
         for i, product in enumerate(products)
     )
-    return product_plan.Launch(operands, fitting[-1], shape.K)
+    of_products = product_plan.Plan(plan.warpgroups, plan.stages, splits=plan.splits)
+    return product_plan.Launch(operands, of_products, shape.K)
+
+
+class _Stream(Stream):
+    """Weights of the projections, after which something else comes into the same shared memory.
+
+    follow: starts the copies of the n-th of that, if there is one.
+    """
+
+    follow: Callable[[Any], None]
+
+    def _copy(self, n: Any) -> None:
+        super()._copy(n)
+        pl.when(n >= self.total)(lambda: self.follow(n - self.total))
 
 
 class _Warpgroup(Warpgroup):
@@ -204,7 +206,7 @@ class _Warpgroup(Warpgroup):
     def __init__(self, settings: Settings, arrays: dict[str, Any], smem: dict[str, Any], launch: Any, epsilon: float):
         super().__init__(settings, arrays, smem)
         self.is_first = (self.split == 0) & (self.index == 0)
-        self.products = Stream(
+        self.products = _Stream(
             launch, arrays["weights"], block=self.pair, split=self.split, warpgroup=self.index,
             xs=[arrays["x"]] * len(NAMES), smem=smem["products"], in_turn=False,
             interpretable=settings.interpretable,
@@ -212,12 +214,16 @@ class _Warpgroup(Warpgroup):
         self.norm = Norm(self.products, arrays["moments"], smem["row_smem"], arrays["x"].shape[1], epsilon)
 
     def run(self) -> None:
+        length, totals = self.length(), []
+        num_mine = self.num_mine(length)
+
+        def copy_tile(n: Any) -> None:
+            pl.when(n < num_mine)(lambda: self.copy_tile(n, length))
+
+        self.products.follow = copy_tile
         self.products.begin()
         self.make_ready()
-        length, totals, num_mine = self.length(), [], None
         for which in range(len(NAMES)):
-            if which == len(NAMES) - 1:  # all weights are under way by now, or nearly
-                num_mine = self.begin(length)
             [total] = self.products.sums(jnp.int32(which))
             if which == 0:
                 self.norm.leave(jnp.int32(0))
@@ -237,8 +243,18 @@ class _Warpgroup(Warpgroup):
             newest.make_ready(self.smem, self.index)
             self.settings.exchange.open(self.smem["exchange"], self.index, self.split)
 
-    def open(self) -> None:
-        """`make_ready` has done it."""
+    def slot(self, n: Any) -> Any:
+        """Tiles come after chunks of weights."""
+        return super().slot(n + self.products.total)
+
+    def tile(self, name: str, slot: Any) -> Any:
+        first = {"k": 0, "v": TILE_KEYS}[name]
+        return self.smem["products"]["weights"].at[self.index, slot, 0, pl.ds(first, TILE_KEYS)]
+
+    @property
+    def has_first(self) -> Any:
+        """No tile is copied for nothing."""
+        return False
 
     def wait_for_all_open(self, exchange: Exchange) -> None:
         """That was before sums were sent."""
@@ -247,11 +263,12 @@ class _Warpgroup(Warpgroup):
         """Of the head's first warpgroup: query, key and value, of its own sums where it is the only one."""
         if not self.settings.interpretable:
             sending.wait_for_all_sent(self.smem["parts_there"])
-            totals = [newest.sum_of_parts(self.smem, which) for which in range(len(NAMES))]
         plgpu.commit_smem()  # moments, which this warpgroup has left
         read = (lambda ref: ref[0]) if self.settings.interpretable else newest.first_of
         mean, inverse = (read(self.smem["row_smem"].at[i]) for i in range(2))
         for which, (total, bias) in enumerate(zip(totals, self.arrays["biases"], strict=True)):
+            if not self.settings.interpretable:
+                total = newest.sum_of_parts(self.smem, which)
             row = plgpu.broadcasted_iota(jnp.int32, total.shape, 1, layout=MATRIX)
             y, scale, shift = (jnp.where(row == of, total, 0.0).sum(axis=1) for of in (0, SCALE_ROW, SHIFT_ROW))
             y = rounded((y - mean * scale) * inverse + shift, self.dtype)
@@ -284,7 +301,7 @@ class _Warpgroup(Warpgroup):
         """Puts the new key or value into the tile where it belongs."""
         key = length - 1 - self.first_key(n)
         new = self.smem["newest"].at[{"k": 1, "v": 2}[name]]
-        tile = self.smem[f"{name}_smem"].at[self.index, self.slot(n)]
+        tile = self.tile(name, self.slot(n))
 
         @pl.when((key >= 0) & (key < self.plan.keys))
         def _put():

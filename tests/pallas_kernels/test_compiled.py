@@ -412,13 +412,16 @@ def test_stages_of_a_layer_are_one_launch_each_without_spills(compiler, name, fo
 
 def require_that_all_blocks_run_at_once(kernel: hopper.Kernel) -> None:
     """Blocks wait for one another: where one had to wait for a place, all would for ever."""
+    assert kernel.num_blocks <= blocks_of_a_multiprocessor(kernel) * compat.NUM_SMS
+
+
+def blocks_of_a_multiprocessor(kernel: hopper.Kernel) -> int:
     registers = -(-kernel.registers // 8) * 8 * kernel.num_threads
-    of_a_multiprocessor = min(
+    return min(
         hopper.REGISTERS_PER_BLOCK // registers,
         (compat.MAX_SMEM_BYTES + 1024) // (kernel.shared_memory_bytes + 1024),
         2048 // kernel.num_threads,
     )
-    assert kernel.num_blocks <= of_a_multiprocessor * compat.NUM_SMS
 
 
 @pytest.mark.parametrize(
