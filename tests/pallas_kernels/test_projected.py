@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels import compat
@@ -128,7 +127,5 @@ def test_on_a_gpu_it_is_right_and_always_the_same(num_heads, length):
     step = jax.jit(functools.partial(attend_projected, slopes=slopes, **options))
     made = jax.block_until_ready(step(*given))
     require_right(made, given, slopes, stands_for, **options)
-    for _ in range(200):
-        again = step(*given)
-        for some, other in zip(made, again, strict=True):
-            np.testing.assert_array_equal(some[:1], other[:1])
+    differ = jax.jit(lambda some, other: sum((x[:1] != y[:1]).sum() for x, y in zip(some, other, strict=True)))
+    assert sum(differ(made, step(*given)) for _ in range(200)) == 0
