@@ -194,6 +194,27 @@ def test_attention_beside_the_mlp_changes_nothing_else(monkeypatch):
     np.testing.assert_allclose(apart.astype(jnp.float32), together, atol=0.02 * np.abs(together).max())
 
 
+def test_where_each_query_head_has_keys_of_its_own_projections_and_attention_are_one_launch(monkeypatch):
+    config = small("falcon-rw-1b")
+    params, cache, ids = start(config, 1, 1, jnp.bfloat16)
+    launches, project = [], stages.project
+
+    def noted(products, **options):
+        launches.append(len(products))
+        return project(products, **options)
+
+    arguments, num_tokens = (config, params, cache, ids), jnp.ones(1, jnp.int32)
+    made_by_xla = through_stages(*arguments, num_tokens, "xla")
+    exact_cache = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, cache)
+    exact = through_stages(config, model_params.cast(params, jnp.float32), exact_cache, ids, num_tokens, "xla")
+    monkeypatch.setattr(stages, "project", noted)
+    with interpreted():
+        made = jax.block_until_ready(through_stages(*arguments, num_tokens, "mosaic"))
+    assert launches == [1, 1]  # the MLP's, of two layers
+    for some, plain, right in zip(*map(jax.tree.leaves, (made, made_by_xla, exact)), strict=True):
+        require_close(some, plain, right)
+
+
 def test_kernels_asked_for_by_name_are_used_or_refused():
     config = tiny("falcon-7b")
     params, cache, ids = start(config, 1, 1, jnp.float32)
