@@ -356,4 +356,4 @@ def _attends_as_it_projects(
     # Not at the top: Pallas takes half a second to import, and only Hopper runs it.
     from pallas_kernels.decode_attention.projected import reason_against
 
-    return reason_against(products, slots[0].shape) is None
+    return reason_against(products, slots[0]) is None

@@ -54,11 +54,6 @@ def buffers(num_shares: int) -> dict[str, Any]:
     }
 
 
-def num_bytes(num_shares: int) -> int:
-    """What `buffers` take, barriers but for their alignment."""
-    return len(NAMES) * num_shares * _PART_BYTES + _NEWEST_BYTES + 16
-
-
 def make_ready(smem: dict[str, Any], warpgroup: Any) -> None:
     """Before anything is sent; all threads of all blocks call it, and then open one more barrier (sending.py)."""
     of_parts = len(NAMES) * smem["parts"].shape[1] * _PART_BYTES

@@ -32,7 +32,7 @@ from pallas_kernels.hopper import rounded, store
 from pallas_kernels.quantized_matmul import plan as product_plan
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
 from pallas_kernels.quantized_matmul.mosaic import Norm, parameters
-from pallas_kernels.quantized_matmul.product import Product, form_of
+from pallas_kernels.quantized_matmul.product import Product, form_of, reason_against_products
 from pallas_kernels.quantized_matmul.rows import load, over_rows
 from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, scratch
 
@@ -75,52 +75,45 @@ def attend_projected(
     Raises:
       ValueError: what `reason_against` names.
     """
-    num_sms, interpretable = compat.num_sms(), compat.interpreting()
-    plan = plan or _plan(keys.shape, num_sms, interpretable)
-    if (reason := _reason_against(products, keys.shape, plan, num_sms, interpretable)) is not None:
+    if (reason := reason_against(products, keys, plan)) is not None:
         raise ValueError(f"attend_projected: {reason}")
     return _launch(
         list(products), moments, keys, values, lengths, places, slopes,
-        alibi=alibi, scale=scale, plan=plan, interpretable=interpretable,
+        alibi=alibi, scale=scale, plan=plan or _plan(keys.shape), interpretable=compat.interpreting(),
     )  # fmt: skip
 
 
-def reason_against(products: Sequence[Product], cache_shape: tuple[int, ...]) -> str | None:
-    """Why the kernel cannot take such products and a cache [B, S, K, H], or does not pay, or None where it does."""
-    if (reason := compat.mosaic_reason()) is not None:
+def reason_against(products: Sequence[Product], keys: Float[Array, "B S K H"], plan: Plan | None = None) -> str | None:
+    """Why the kernel cannot take such products and a cache with such keys, or does not pay; None where it does."""
+    B, _, K, H = keys.shape
+    if (reason := compat.mosaic_reason() or reason_against_products(products)) is not None:
         return reason
-    num_sms, interpretable = compat.num_sms(), compat.interpreting()
-    if cache_shape[3] != HEAD:
-        return f"it takes heads of {HEAD}, not {cache_shape[3]}"
-    plan = _plan(cache_shape, num_sms, interpretable)
-    return _reason_against(products, cache_shape, plan, num_sms, interpretable)
-
-
-def _plan(cache_shape: tuple[int, ...], num_sms: int, interpretable: bool) -> Plan:
-    if interpretable:  # which has no words for what blocks send one another
-        return Plan(TILE_KEYS, 1, STAGES, 1)
-    B, S, K, H = cache_shape
-    plan = default_plan(Shape(B, K, 1, H, S), num_sms)
-    stages = STAGES if plan.splits > PAIR else STAGES_OF_PAIRS
-    return dataclasses.replace(plan, keys=TILE_KEYS, warpgroups=WARPGROUPS, stages=stages)
-
-
-def _reason_against(
-    products: Sequence[Product], cache_shape: tuple[int, ...], plan: Plan, num_sms: int, interpretable: bool
-) -> str | None:
-    B, _, K, H = cache_shape
     if B != 1 or H != HEAD or any(product.num_outputs != K * H for product in products):
         outputs = [product.num_outputs for product in products]
         return f"it takes one row of {K} heads of {HEAD} throughout, not {B} rows of {outputs} outputs, heads of {H}"
+    if (dtype := products[0].x.dtype) != keys.dtype:
+        return f"it takes one dtype throughout, not products in {dtype} with keys in {keys.dtype}"
+    if (reason := mosaic.reason_against(keys[:, 0], keys, H**-0.5)) is not None:
+        return reason
     if any(form_of(product.weight) != "native" for product in products):
         return "it takes weights of 16 bits"  # of fewer a chunk takes another place than keys and values
     if any(product.rotary is not None or product.activation is not None for product in products):
         return "it neither rotates nor activates"
-    if interpretable:
+    plan = plan or _plan(keys.shape)
+    if compat.interpreting():
         return None if plan.num_streams == 1 else "interpreted blocks have no words for one another"
-    if plan.meeting != "cluster" or not MIN_SPLITS <= plan.splits <= MAX_SPLITS or plan.splits * K > num_sms:
+    if plan.meeting != "cluster" or not MIN_SPLITS <= plan.splits <= MAX_SPLITS or plan.splits * K > compat.num_sms():
         return f"{K} heads of such a cache are no clusters of {MIN_SPLITS} to {MAX_SPLITS} blocks that run at once"
     return None
+
+
+def _plan(cache_shape: tuple[int, ...]) -> Plan:
+    if compat.interpreting():  # which has no words for what blocks send one another
+        return Plan(TILE_KEYS, 1, STAGES, 1)
+    B, S, K, H = cache_shape
+    plan = default_plan(Shape(B, K, 1, H, S), compat.num_sms())
+    stages = STAGES if plan.splits > PAIR else STAGES_OF_PAIRS
+    return dataclasses.replace(plan, keys=TILE_KEYS, warpgroups=WARPGROUPS, stages=stages)
 
 
 @functools.partial(jax.jit, static_argnames=("alibi", "scale", "plan", "interpretable"))

@@ -1,6 +1,7 @@
 """Projections of a new token and its attention in one launch: interpreted with race detection, the machine code, and on
 a GPU beside the two launches that it stands for."""
 
+import dataclasses
 import functools
 
 import jax
@@ -83,7 +84,7 @@ def test_interpreted(width, num_heads, capacity, length, has_biases):
     given, slopes, stands_for = arguments(width, num_heads, capacity, length, has_biases=has_biases)
     options = {"alibi": "float32", "scale": H**-0.5}
     with interpreted():
-        assert reason_against(given[0], given[2].shape) is None
+        assert reason_against(given[0], given[2]) is None
         made = jax.block_until_ready(attend_projected(*given, slopes=slopes, **options))
     require_right(made, given, slopes, stands_for, **options)
 
@@ -107,12 +108,21 @@ def test_it_is_one_launch_without_spills(compiler, num_heads):
 
 def test_what_it_does_not_take():
     (products, moments, keys, _, *lengths), slopes, _ = arguments(128, 2, 128, 1)
-    assert "Hopper" in str(reason_against(products, keys.shape))
+
+    def reason(*shape, dtype="bfloat16", **changes):
+        changed = [dataclasses.replace(product, **changes) for product in products]
+        return str(reason_against(changed, jnp.zeros(shape, dtype)))
+
+    assert "Hopper" in reason(1, 128, 2, H)
     with compat.assume_capability(compat.HOPPER):
-        assert "heads of 64, not 128" in str(reason_against(products, (1, 128, 2, 128)))
-        assert "one row of 2 heads" in str(reason_against(products, (2, 128, 2, H)))
-        assert "one row of 1 heads" in str(reason_against(products, (1, 128, 1, H)))
-        assert "2 heads of such a cache are no clusters" in str(reason_against(products, (1, 64, 2, H)))
+        assert "one row of 2 heads" in reason(2, 128, 2, H)
+        assert "heads of 128" in reason(1, 128, 1, 128)
+        assert "one row of 1 heads" in reason(1, 128, 1, H)
+        assert "bfloat16 with keys in float16" in reason(1, 128, 2, H, dtype="float16")
+        assert "float32" in reason(1, 128, 2, H, x=products[0].x.astype(jnp.float32))
+        assert "weights of 16 bits" in reason(1, 128, 2, H, weight=weight(1, 128, 128, "int8"))
+        assert "neither rotates" in reason(1, 128, 2, H, activation="gelu")
+        assert "2 heads of such a cache are no clusters" in reason(1, 64, 2, H)
         with pytest.raises(ValueError, match="attend_projected: it takes one row"):
             cache, options = keys[:, :, :1], {"alibi": "float32", "scale": 1.0}
             attend_projected(products, moments, cache, cache, *lengths, slopes=slopes[:1], **options)
