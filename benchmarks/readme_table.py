@@ -171,7 +171,7 @@ ROWS = (
     Row(
         "steps alone after 4,000 tokens, falcon-7b's shape in bf16; falcon-rw-1b's",
         "{runs.15.cases.1.decode_tokens_per_s:.0f} tokens/s, {runs.15.cases.1.share_of_read_limit*100:.0f} % of the "
-        "read limit; {runs.15.cases.0.decode_tokens_per_s:.0f}, {runs.15.cases.0.share_of_read_limit*100:.0f} %",
+        "read limit; {runs.19.cases.0.decode_tokens_per_s:.0f}, {runs.19.cases.0.share_of_read_limit*100:.0f} %",
         "",
         "decoding-h200.json",
     ),

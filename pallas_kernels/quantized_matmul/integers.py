@@ -16,8 +16,7 @@ instruction with eight columns then has all parts, and half as many sums are to 
 Inputs are in the order in which a word has their codes, 16 by 16: place 4 q + j is the input 2 q + (0, 8, 1, 9)[j] for
 weights of 4 bits and 2 q + (0, 1, 8, 9)[j] for 8.
 
-Models do not ask for it yet (falcon_jax/model/stages.py: integers_pay): it has been compiled, and has not run on a GPU
-(benchmarks/stages.py --variants integers=true).
+Which models ask for it: falcon_jax/model/stages.py, integers_pay.
 
 Rounding: a bfloat16 that is at least 1/64 of the largest one of its 64 inputs is kept as it is; others lose up to 2^-14
 of that one, a thirty-second of what it has lost itself when it was rounded to bfloat16.

@@ -129,7 +129,7 @@ def small(name: str) -> FalconConfig:
     [
         ("falcon-rw-1b", "native"),
         ("falcon-7b", "int4"),
-        *thorough([("falcon-40b", "native"), ("falcon-40b-alibi", "int8")]),
+        *thorough([("falcon-40b", "native"), ("falcon-40b", "int4"), ("falcon-40b-alibi", "int8")]),
     ],
 )
 def test_kernels_stay_within_twice_the_error_of_xla(name, weights):

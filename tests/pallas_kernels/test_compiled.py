@@ -482,7 +482,14 @@ def two_tokens(params, ids, keys, values, config):
     ("name", "weights", "num_slots", "launches"),
     [
         ("falcon-rw-1b", "native", 4352, 4),
-        *thorough([("falcon-rw-1b", "native", 16384, 5), ("falcon-7b", "native", 16384, 3)]),
+        *thorough(
+            [
+                ("falcon-rw-1b", "native", 16384, 5),
+                ("falcon-7b", "native", 16384, 3),
+                ("falcon-7b", "int4", 4352, 3),
+                ("falcon-40b", "int4", 4352, 3),
+            ]
+        ),
     ],
 )
 def test_a_layer_of_a_step_is_few_launches_and_copies_no_cache(compiler, name, weights, num_slots, launches):
