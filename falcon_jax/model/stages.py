@@ -59,8 +59,8 @@ def pays(weights: str, num_tokens: int, cache_is_empty: bool) -> bool:
 def integers_pay(config: FalconConfig, weights: str) -> bool:
     """Whether input stages read x as integers (pallas_kernels/quantized_matmul/integers.py).
 
-    Products with weights of 4 bits wait for arithmetic, of which that takes less; others wait for memory. Layers whose
-    attention reads what their MLP does not make have been measured (benchmarks/LOG.md), no others.
+    Products with weights of 4 bits wait for arithmetic, of which that takes less; others wait for memory. Of layers the
+    parallel ones alone have been measured (benchmarks/LOG.md).
     """
     return weights == "int4" and config.block == "parallel"
 
