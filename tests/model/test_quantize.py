@@ -19,7 +19,7 @@ from tests.models import random_params, tiny
 from tests.thorough import thorough
 
 VARIANTS = ("falcon-rw-1b", "falcon-7b", "falcon-40b", "falcon2-11b", "falcon-40b-alibi")
-USUAL = [("falcon-rw-1b", "int8"), ("falcon-7b", "int4"), ("falcon-40b", "int8")]
+USUAL = [("falcon-rw-1b", "int8"), ("falcon-7b", "int4")]
 IDS = np.random.default_rng(0).integers(0, 64, (2, 11))
 
 
