@@ -30,7 +30,7 @@ from pallas_kernels.decode_attention.newest import HEAD, NAMES, PER_OUTPUT
 from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
 from pallas_kernels.hopper import rounded, store
 from pallas_kernels.quantized_matmul import plan as product_plan
-from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments
+from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments, reason_against_kernel
 from pallas_kernels.quantized_matmul.mosaic import Norm, parameters
 from pallas_kernels.quantized_matmul.product import Product, form_of, reason_against_products
 from pallas_kernels.quantized_matmul.rows import load, over_rows
@@ -86,7 +86,7 @@ def attend_projected(
 def reason_against(products: Sequence[Product], keys: Float[Array, "B S K H"], plan: Plan | None = None) -> str | None:
     """Why the kernel cannot take such products and a cache with such keys, or does not pay; None where it does."""
     B, _, K, H = keys.shape
-    if (reason := compat.mosaic_reason() or reason_against_products(products)) is not None:
+    if (reason := compat.mosaic_reason() or reason_against_kernel() or reason_against_products(products)) is not None:
         return reason
     if B != 1 or H != HEAD or any(product.num_outputs != K * H for product in products):
         outputs = [product.num_outputs for product in products]

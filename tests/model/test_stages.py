@@ -210,7 +210,8 @@ def test_where_each_query_head_has_keys_of_its_own_projections_and_attention_are
     monkeypatch.setattr(stages, "project", noted)
     with interpreted():
         made = jax.block_until_ready(through_stages(*arguments, num_tokens, "mosaic"))
-    assert launches == [1]  # the MLP's
+    # The MLP's product; and queries, keys and values where no norm ends in a kernel.
+    assert launches == ([1] if deferred.reason_against_kernel() is None else [3, 1])
     for some, plain, right in zip(*map(jax.tree.leaves, (made, made_by_xla, exact)), strict=True):
         require_close(some, plain, right)
 

@@ -24,7 +24,7 @@ from pallas_kernels.flash_attention import attention
 from pallas_kernels.flash_attention.backward import backward
 from pallas_kernels.flash_attention.reference import attention_reference
 from pallas_kernels.flash_attention.tiles import padded_length
-from pallas_kernels.quantized_matmul import Product, project, storage
+from pallas_kernels.quantized_matmul import Product, deferred, project, storage
 from tests.pallas_kernels import hopper
 from tests.thorough import thorough
 
@@ -481,7 +481,7 @@ def two_tokens(params, ids, keys, values, config):
 @pytest.mark.parametrize(
     ("name", "weights", "num_slots", "launches"),
     [
-        ("falcon-rw-1b", "native", 4352, 4),
+        ("falcon-rw-1b", "native", 4352, 4 if deferred.reason_against_kernel() is None else 5),
         *thorough(
             [
                 ("falcon-rw-1b", "native", 16384, 5),
