@@ -36,8 +36,8 @@ from pallas_kernels.quantized_matmul.product import Product, form_of, reason_aga
 from pallas_kernels.quantized_matmul.rows import load, over_rows
 from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, scratch
 
-# Blocks of a cluster: with one there is nothing to gain, and of more than eight not all GPUs hold as many.
-MIN_SPLITS, MAX_SPLITS = 2, 8
+# Blocks of a cluster: with one there is nothing to gain, and what more than four send one another takes much room.
+MIN_SPLITS, MAX_SPLITS = 2, 4
 # Of a cluster multiprocessors lie together, in twos always. A GPU has not as many fours as a fourth of its
 # multiprocessors, so that some clusters of four would come second, did not two blocks fit on one: with half the stages.
 PAIR = 2

@@ -129,10 +129,12 @@ def test_what_it_does_not_take():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [1, 64, 700, 4000, 4352, 0])
-@pytest.mark.parametrize("num_heads", [32, 64])
-def test_on_a_gpu_it_is_right_and_always_the_same(num_heads, length):
-    given, slopes, stands_for = arguments(num_heads * H, num_heads, 4352, length)
+@pytest.mark.parametrize(
+    ("num_heads", "capacity", "length"),
+    [(heads, 4352, length) for heads in (32, 64) for length in (1, 64, 700, 4000, 4352, 0)] + [(32, 192, 150)],
+)
+def test_on_a_gpu_it_is_right_and_always_the_same(num_heads, capacity, length):
+    given, slopes, stands_for = arguments(num_heads * H, num_heads, capacity, length)
     options = {"alibi": "float32", "scale": H**-0.5}
     step = jax.jit(functools.partial(attend_projected, slopes=slopes, **options))
     made = jax.block_until_ready(step(*given))
