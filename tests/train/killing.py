@@ -255,9 +255,9 @@ def several(folder: Path) -> dict[str, Any]:
     whole = dataclasses.replace(config, output=folder / "whole")
 
     def launch(name: str, *configs: TrainConfig, **of_one: dict[str, Any]) -> tuple[list[int], list[list[str]]]:
-        port = free_port()
+        port, cache, log = free_port(), folder / "cache", folder / name
         children = [
-            fork(training(*configs, process=(port, number), **of_one.get(f"process_{number}", {})), folder / name)
+            fork(training(*configs, process=(port, number), cache=cache, **of_one.get(f"process_{number}", {})), log)
             for number in range(NUM_PROCESSES)
         ]
         phases = [list(child.phases()) for child in children]
