@@ -115,6 +115,16 @@ class Variant:
         words = ["no graphs"] * (not self.cuda_graphs)
         return " ".join(["ours", *words, *(f"{name}={value}" for name, value in self.plan)])
 
+    def require_plan_for(self, num_rows: int) -> None:
+        """Raises RequestError where launches for so many rows have other plans than this one changes."""
+        kind = WidePlan if num_rows > MAX_ROWS else Plan
+        known = [field.name for field in dataclasses.fields(kind)]
+        for name, _ in self.plan:
+            if name not in known:
+                raise RequestError(
+                    f"--variants {name} is not of plans for {num_rows} rows, which have {', '.join(known)}"
+                )
+
     @property
     def compiler_options(self) -> dict[str, Any] | None:
         return None if self.cuda_graphs else WITHOUT_CUDA_GRAPHS

@@ -19,12 +19,12 @@ import tyro
 from falcon_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from benchmarks.kernel_stages import Variant
+    from benchmarks.kernel_stages import StageCase, Variant, Work
 
 REPOSITORY = Path(__file__).parents[1]
 READ_BYTES = {"cpu": 2**28, "gpu": 2**31}  # more than any cache holds
 NUM_TURNS = 7
-MAX_ROWS = 4096  # a prompt's, of one call
+MAX_PROMPT_ROWS = 4096  # of one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,11 @@ def check(arguments: Arguments) -> None:
 
     command.check_known("models", arguments.models, PRESETS)
     command.check_known("weights", arguments.weights, WEIGHTS)
-    if any(not 1 <= rows <= MAX_ROWS for rows in arguments.rows):
-        raise RequestError(f"--rows is {arguments.rows}; each must be from 1 to {MAX_ROWS}")
+    if any(not 1 <= rows <= MAX_PROMPT_ROWS for rows in arguments.rows):
+        raise RequestError(f"--rows is {arguments.rows}; each must be from 1 to {MAX_PROMPT_ROWS}")
+    for variant in variants_of(arguments):
+        for rows in arguments.rows:
+            variant.require_plan_for(rows)
     command.check_name(arguments.save)
 
 
@@ -87,7 +90,7 @@ def variants_of(arguments: Arguments) -> "list[Variant]":
     return [Variant.of(command.parse_variant(words)) for words in arguments.variants]
 
 
-def report(case: Any, entries: list[Any], work: Any, limit: float) -> dict[str, Any]:
+def report(case: "StageCase", entries: list[Any], work: "Work", limit: float) -> dict[str, Any]:
     """A case as it stands in the document: microseconds a layer, the share of the read limit, and TFLOP/s."""
 
     def figures(part: str, seconds: float) -> dict[str, float]:

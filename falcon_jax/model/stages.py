@@ -135,7 +135,7 @@ def run(
         attention_sms = beside.attention_sms(*shape, compat.num_sms())
     mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
     integers = None
-    if defers and is_one and integers_pay(decoder.config, decoder.weights):
+    if defers and is_one and x.dtype == jnp.bfloat16 and integers_pay(decoder.config, decoder.weights):
         integers = Integers(decoder.weights, few=B * T <= FEW_TOKENS)
     shared = _Shared(step, implementation, mesh, defers, integers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))
@@ -317,8 +317,7 @@ def _attend(
 
         assert normed.moments is not None and shared.places is not None
         out, keys, values = attend_projected(
-            products, normed.moments, *slots, step.num_keys(), shared.places,
-            slopes=step.slopes, alibi=step.alibi, scale=H**-0.5,
+            products, normed.moments, *slots, step.num_keys(), shared.places, slopes=step.slopes, alibi=step.alibi
         )  # fmt: skip
         return out, (keys, values), counters, []
     if shared.places is not None:

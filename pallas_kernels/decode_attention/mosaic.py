@@ -141,7 +141,11 @@ def _launch(
     heads, head_blocks = shape.heads(plan), shape.head_blocks(plan)
     has_slopes = slopes is not None and shape.G > 1
 
-    scratch = buffers(shape, plan, q.dtype, interpretable, 1 if page_table is None else plan.keys // PAGE)
+    tile = functools.partial(tiled, plan.warpgroups, plan.stages, plan.keys, H, dtype=q.dtype)
+    scratch = {"k_smem": tile(), "v_smem": tile()}
+    scratch |= buffers(shape, plan, q.dtype, interpretable, 1 if page_table is None else plan.keys // PAGE)
+    if not shape.heads_fill_tiles:
+        scratch["plain_smem"] = plain_queries(shape, plan, q.dtype)
     scratch["q_full"] = plgpu.Barrier(num_arrivals=2 if has_slopes else 1)
     if has_slopes:
         scratch["slope_smem"] = plgpu.SMEM((heads,), jnp.float32)
@@ -197,23 +201,24 @@ def _launch(
 
 
 def buffers(shape: Shape, plan: Plan, dtype: Any, interpretable: bool, pages_per_tile: int = 1) -> dict[str, Any]:
-    """Shared memory and barriers of a block, for what it reads and multiplies."""
+    """Shared memory and barriers of a block for what it multiplies, tiles of K and V not counted."""
     W, heads, smem = plan.warpgroups, shape.heads(plan), functools.partial(tiled, dtype=dtype)
     made = {
-        "k_smem": smem(W, plan.stages, plan.keys, shape.H),
-        "v_smem": smem(W, plan.stages, plan.keys, shape.H),
         "q_smem": smem(heads, shape.H),
         "k_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
         "v_full": plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=W * plan.stages),
         "p_smem": smem(W, heads, plan.keys),
     }
-    if not shape.heads_fill_tiles:
-        made["plain_smem"] = plgpu.SMEM((heads, 1, shape.H), dtype)
     if W > 1:
         made["gathered"] = plgpu.Barrier(num_arrivals=W)
     if not interpretable:
         made["reduction_smem"] = plgpu.SMEM((W, 2, heads, 4), jnp.float32)
     return made
+
+
+def plain_queries(shape: Shape, plan: Plan, dtype: Any) -> Any:
+    """Shared memory for queries, and for results, that copies cannot put into the matrix instruction's order."""
+    return plgpu.SMEM((shape.heads(plan), 1, shape.H), dtype)
 
 
 @dataclasses.dataclass(frozen=True)

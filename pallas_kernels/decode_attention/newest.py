@@ -32,10 +32,11 @@ from pallas_kernels.instructions import (
     scalar,
     shared_address,
 )
+from pallas_kernels.quantized_matmul.formats import ROWS_AT_ONCE
 
 NAMES = ("query", "key", "value")
 HEAD = 64  # outputs of each
-ROWS = 8
+MAX_BLOCKS = 4  # of a cluster
 # An output of a sum, which the four threads of a row of the matrix have alike.
 PER_OUTPUT = MATRIX.reduce(1)
 _FOURS = 32  # in a warpgroup
@@ -55,7 +56,7 @@ def buffers(num_shares: int) -> dict[str, Any]:
 
 
 def make_ready(smem: dict[str, Any], warpgroup: Any) -> None:
-    """Before anything is sent; all threads of all blocks call it, and then open one more barrier (sending.py)."""
+    """Before anything is sent; all threads of all blocks call it, then `expect` at one more barrier (sending.py)."""
     of_parts = len(NAMES) * smem["parts"].shape[1] * _PART_BYTES
 
     @inlined(REF, REF, SCALAR)
@@ -98,7 +99,7 @@ def send_part(smem: dict[str, Any], which: int, share: Any, partial: Any) -> Non
 def sum_of_parts(smem: dict[str, Any], which: int) -> Any:
     """In the first block, when all have come: [64, 8], in the order of the shares. Of rows 1 to 5 it is anything."""
     num_shares = smem["parts"].shape[1]
-    shape = plgpu.ShapeDtypeStruct((HEAD, ROWS), jnp.float32, layout=MATRIX)
+    shape = plgpu.ShapeDtypeStruct((HEAD, ROWS_AT_ONCE), jnp.float32, layout=MATRIX)
 
     @inlined(REF, return_type=shape)
     def emit(_, parts):
@@ -114,7 +115,7 @@ def sum_of_parts(smem: dict[str, Any], which: int) -> Any:
         first = _is_of_four(0)
         own[0], own[2] = arith.select(first, one, own[0]), arith.select(first, other, own[2])
         layout = MATRIX.to_mgpu()
-        registers = np.empty(layout.registers_shape((HEAD, ROWS)), dtype=object)
+        registers = np.empty(layout.registers_shape((HEAD, ROWS_AT_ONCE)), dtype=object)
         two = ir.VectorType.get((2,), ir.F32Type.get())
         registers.flat[:] = [vector.from_elements(two, own[i : i + 2]) for i in (0, 2)]
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
@@ -123,7 +124,7 @@ def sum_of_parts(smem: dict[str, Any], which: int) -> Any:
 
 
 def send_newest(smem: dict[str, Any], which: int, y: Any, num_blocks: int) -> None:
-    """Sends float32 y [64], as PER_OUTPUT, one of NAMES, to all blocks of the cluster."""
+    """Sends float32 y [64], as PER_OUTPUT, one of NAMES, to all blocks of the cluster: one to `MAX_BLOCKS`."""
 
     @inlined(REF, REF, PER_OUTPUT)
     def emit(_, newest, there, y):
@@ -132,14 +133,13 @@ def send_newest(smem: dict[str, Any], which: int, y: Any, num_blocks: int) -> No
         output = add(multiply(warp, 16), arith.divui(lane, integer(4)), which * HEAD)
         own = add(shared_address(newest), multiply(output, 4))
         # The four threads that have an output alike share out the blocks.
-        for first in range(0, num_blocks, 4):
-            block = add(arith.remui(lane, integer(4)), first)
-            exists = arith.cmpi(arith.CmpIPredicate.ult, block, integer(num_blocks))
-            block = arith.select(exists, block, integer(0))
-            barrier = sending.in_block(shared_address(there), block)
-            for half, register in enumerate(y.registers.flat):
-                address = sending.in_block(add(own, 32 * half), block)
-                sending.send(address, [element(register, 0)], barrier, predicate=exists)
+        block = arith.remui(lane, integer(MAX_BLOCKS))
+        exists = arith.cmpi(arith.CmpIPredicate.ult, block, integer(num_blocks))
+        block = arith.select(exists, block, integer(0))
+        barrier = sending.in_block(shared_address(there), block)
+        for half, register in enumerate(y.registers.flat):
+            address = sending.in_block(add(own, 32 * half), block)
+            sending.send(address, [element(register, 0)], barrier, predicate=exists)
 
     emit(smem["newest"], smem["newest_there"], y)
 

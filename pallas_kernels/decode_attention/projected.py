@@ -22,11 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat, sending
+from pallas_kernels import arguments, compat, sending
 from pallas_kernels.decode_attention import mosaic, newest
 from pallas_kernels.decode_attention.cluster import MATRIX, Exchange
 from pallas_kernels.decode_attention.mosaic import QUERIES, Settings, Warpgroup
-from pallas_kernels.decode_attention.newest import HEAD, NAMES, PER_OUTPUT
+from pallas_kernels.decode_attention.newest import HEAD, MAX_BLOCKS, NAMES, PER_OUTPUT
 from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
 from pallas_kernels.hopper import rounded, store
 from pallas_kernels.quantized_matmul import plan as product_plan
@@ -37,7 +37,7 @@ from pallas_kernels.quantized_matmul.rows import load, over_rows
 from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, scratch
 
 # Blocks of a cluster: with one there is nothing to gain, and what more than four send one another takes much room.
-MIN_SPLITS, MAX_SPLITS = 2, 4
+MIN_SPLITS, MAX_SPLITS = 2, MAX_BLOCKS
 # Of a cluster multiprocessors lie together, in twos always. A GPU has not as many fours as a fourth of its
 # multiprocessors, so that some clusters of four would come second, did not two blocks fit on one: with half the stages.
 PAIR = 2
@@ -55,7 +55,7 @@ def attend_projected(
     *,
     slopes: Float[Array, " K"] | None,
     alibi: str,
-    scale: float,
+    scale: float | None = None,
     plan: Plan | None = None,
 ) -> tuple[Float[Array, "8 D"], Float[Array, "1 S K 64"], Float[Array, "1 S K 64"]]:
     """One token's attention, by the kernel.
@@ -77,6 +77,8 @@ def attend_projected(
     """
     if (reason := reason_against(products, keys, plan)) is not None:
         raise ValueError(f"attend_projected: {reason}")
+    if scale is None:
+        scale = arguments.default_scale(keys)
     return _launch(
         list(products), moments, keys, values, lengths, places, slopes,
         alibi=alibi, scale=scale, plan=plan or _plan(keys.shape), interpretable=compat.interpreting(),
@@ -93,7 +95,7 @@ def reason_against(products: Sequence[Product], keys: Float[Array, "B S K H"], p
         return f"it takes one row of {K} heads of {HEAD} throughout, not {B} rows of {outputs} outputs, heads of {H}"
     if (dtype := products[0].x.dtype) != keys.dtype:
         return f"it takes one dtype throughout, not products in {dtype} with keys in {keys.dtype}"
-    if (reason := mosaic.reason_against(keys[:, 0], keys, H**-0.5)) is not None:
+    if (reason := mosaic.reason_against(keys[:, 0], keys, arguments.default_scale(keys))) is not None:
         return reason
     if any(form_of(product.weight) != "native" for product in products):
         return "it takes weights of 16 bits"  # of fewer a chunk takes another place than keys and values
@@ -146,15 +148,12 @@ def _launch(
         arrays = {name: array for name, array in arrays.items() if array is not None}
         _Warpgroup(settings, arrays, smem, launch, moments.epsilon).run()
 
-    of_products = scratch(launch, num_rows)
-    if not interpretable:  # sums go another way, newest.py
-        of_products = {name: buffer for name, buffer in of_products.items() if name not in ("sums", "left", "read")}
-    scratch_types = mosaic.buffers(shape, plan, keys.dtype, interpretable)
-    for name in ("k_smem", "v_smem", *([] if interpretable else ["plain_smem"])):
-        del scratch_types[name]
-    scratch_types |= {"products": of_products, "row_smem": plgpu.SMEM((2, num_rows), jnp.float32)}
-    scratch_types |= newest.buffers(plan.num_streams)
-    if exchange is not None:
+    scratch_types = mosaic.buffers(shape, plan, keys.dtype, interpretable) | newest.buffers(plan.num_streams)
+    scratch_types["products"] = scratch(launch, num_rows, leaves=False)
+    scratch_types["row_smem"] = plgpu.SMEM((2, num_rows), jnp.float32)
+    if exchange is None:
+        scratch_types["plain_smem"] = mosaic.plain_queries(shape, plan, keys.dtype)
+    else:
         scratch_types["exchange"] = exchange.buffers()
     blocks = {"grid": (1, K), "grid_names": ("row", "kv"), "cluster": (plan.splits,), "cluster_names": ("split",)}
     out = plgpu.kernel(
@@ -215,7 +214,7 @@ class _Warpgroup(Warpgroup):
 
         self.products.follow = copy_tile
         self.products.begin()
-        self.make_ready()
+        self.open()
         for which in range(len(NAMES)):
             [total] = self.products.sums(jnp.int32(which))
             if which == 0:
@@ -230,11 +229,11 @@ class _Warpgroup(Warpgroup):
         self.end(length, num_mine)
         pl.when(self.is_first)(self.put_in_cache)
 
-    def make_ready(self) -> None:
-        """Before anything is sent."""
-        if self.settings.exchange is not None:
+    def open(self) -> None:
+        """Before other blocks send this one anything: sums and the newest token too."""
+        if not self.settings.interpretable:
             newest.make_ready(self.smem, self.index)
-            self.settings.exchange.open(self.smem["exchange"], self.index, self.split)
+        super().open()
 
     def slot(self, n: Any) -> Any:
         """Tiles come after chunks of weights."""

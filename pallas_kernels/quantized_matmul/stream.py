@@ -52,8 +52,11 @@ def arrays_of(weight: Any) -> list[jax.Array]:
     return [words, scales.reshape(scales.shape[0], -1, TILE)]
 
 
-def scratch(launch: Launch, num_rows: int, *, integers: IntegerRows | None = None) -> dict[str, Any]:
-    """Shared memory and barriers of the streams of a block. integers: x, if it comes as such."""
+def scratch(
+    launch: Launch, num_rows: int, *, integers: IntegerRows | None = None, leaves: bool = True
+) -> dict[str, Any]:
+    """Shared memory and barriers of the streams of a block. integers: x, if it comes as such. leaves: whether
+    warpgroups `leave` their sums."""
     form, plan = launch.form, launch.plan
     W, stages, width, groups = plan.warpgroups, plan.stages, plan.width, plan.groups
     num_copies = 1 + (integers is not None) + (width if form == "native" else 2 * width)
@@ -63,12 +66,11 @@ def scratch(launch: Launch, num_rows: int, *, integers: IntegerRows | None = Non
         buffers = {"x": integer_rows(W, stages, 2 * integers.num_held, groups * GROUP)}
         blocks = W, stages, groups * (GROUP // BLOCK), 2 * integers.num_held
         buffers["x_blocks"] = plgpu.SMEM(blocks, jnp.int32)
-    buffers |= {
-        "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * stages),
-        "sums": plgpu.SMEM((PARITIES, W, num_rows, TILE), jnp.float32),
-        "left": plgpu.Barrier(num_arrivals=W, num_barriers=max(W, PARITIES)),
-        "read": plgpu.Barrier(num_arrivals=1, num_barriers=PARITIES),
-    }
+    buffers["full"] = plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * stages)
+    if leaves:
+        buffers["sums"] = plgpu.SMEM((PARITIES, W, num_rows, TILE), jnp.float32)
+        buffers["left"] = plgpu.Barrier(num_arrivals=W, num_barriers=max(W, PARITIES))
+        buffers["read"] = plgpu.Barrier(num_arrivals=1, num_barriers=PARITIES)
     if plan.producer:
         buffers["empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=W * stages)
     if form == "native":

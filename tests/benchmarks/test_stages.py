@@ -50,6 +50,8 @@ def test_bad_arguments_are_named():
         ({"models": ("falcon",)}, "--models falcon is unknown"),
         ({"weights": ("int3",)}, "--weights int3 is unknown"),
         ({"rows": (4097,)}, "from 1 to 4096"),
+        ({"rows": (8, 512), "variants": ("group=4",)}, "group is not of plans for 8 rows, which have warpgroups"),
+        ({"rows": (512,), "variants": ("groups=2",)}, "groups is not of plans for 512 rows, which have outputs"),
         ({"save": "a/b"}, "without a folder"),
     ]:
         with pytest.raises(RequestError, match=message):
