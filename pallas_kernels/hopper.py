@@ -121,6 +121,20 @@ def rounded(x: Any, dtype: DTypeLike) -> Any:
     return x.astype(dtype).astype(jnp.float32)
 
 
+def waited_for_here(x: Any) -> Any:
+    """An int32 that was read from memory earlier, for use from here on: else the compiler may have the kernel wait for
+    it where it was read."""
+    made = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
+
+    @inlined(SCALAR, return_type=made)
+    def emit(_, x):
+        i32 = ir.IntegerType.get_signless(32)
+        moved = mgpu.utils.inline_ptx("mov.b32 $0, $1;", scalar(x), result_types=i32, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(moved, (), is_signed=True)
+
+    return emit(x)
+
+
 def first_column() -> ir.Value:
     """The first of a thread's columns: 0, 2, 4 or 6; int32. For use in `inline_mgpu`, as the rest below."""
     return multiply(arith.remui(mgpu.thread_idx(), integer(4)), 2)

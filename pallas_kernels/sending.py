@@ -22,6 +22,11 @@ def barrier() -> Any:
     return plgpu.SMEM((2,), jnp.int32)
 
 
+def barriers(count: int) -> Any:
+    """Of several, of which each is a row."""
+    return plgpu.SMEM((count, 2), jnp.int32)
+
+
 def expect(barrier: ir.Value, warpgroup: ir.Value, num_bytes: ir.Value) -> None:
     """In emitted code: makes this block's barrier ready for so many bytes. All threads of all blocks come here once."""
     make_ready(barrier, warpgroup, num_bytes)

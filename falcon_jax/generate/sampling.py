@@ -205,6 +205,8 @@ def sample(
       logprobs: float32, of the chosen token under the model's own distribution (log-softmax of the raw
         logits: before penalty, temperature and filters, so that they compare across sampling settings).
     """
+    if kind.greedy and not kind.repetition:
+        return _likeliest(logits)
     if kind.greedy:
         tokens = jnp.argmax(penalise(logits, values, seen, kind), axis=-1).astype(jnp.int32)
     elif keys is None:
@@ -220,6 +222,25 @@ def sample(
             tokens = jnp.take_along_axis(token_ids, choice[:, None], axis=-1)[:, 0]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _likeliest(logits: Float[Array, "B V"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The first of the likeliest tokens, and its log probability, in one pass: on a GPU two launches, not seven."""
+
+    def merge(some: tuple[Array, Array, Array], other: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """Of two parts of a row, each with its greatest logit, where that is, and the sum of exp(logit - greatest)."""
+        (top, at, total), (other_top, other_at, other_total) = some, other
+        is_other = (other_top > top) | ((other_top == top) & (other_at < at))
+        greatest = jnp.maximum(top, other_top)
+        total = total * jnp.exp(top - greatest) + other_total * jnp.exp(other_top - greatest)
+        return greatest, jnp.where(is_other, other_at, at), total
+
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    # Of nothing: the least number there is, since infinity less infinity is none.
+    nothing = jnp.finfo(logits.dtype).min, jnp.int32(logits.shape[-1] - 1), jnp.zeros((), logits.dtype)
+    parts = logits, columns, jnp.ones_like(logits)
+    _, tokens, totals = jax.lax.reduce(parts, jax.tree.map(jnp.asarray, nothing), merge, (1,))
+    return tokens, -jnp.log(totals)
 
 
 def sample_at(

@@ -180,7 +180,7 @@ def _launch(
 
     tile = functools.partial(plgpu.SMEM, dtype=shape.dtype)
     smem = scratch(launch, num_rows) | {"tiles": tile((plan.width, num_rows, TILE))}
-    if norms and integers is None:
+    if norms and meets:
         smem["normed"] = tile((len(norms), num_rows, TILE))
     elif integers is not None:
         smem["normed"] = plgpu.SMEM((len(norms), 2 * integers.num_held, TILE), jnp.int8)
@@ -348,16 +348,18 @@ class _Block:
         if settings.has_residual:
             y = y + load(kept).astype(jnp.float32)
         y = y.astype(kept.dtype)
-        store(kept, y)
-        results = [(kept, self.arrays["out"].at[:, self.outputs(i)])]
-        y = y.astype(jnp.float32)
-        if settings.num_norms and not settings.meets:
-            results += self.begin_norms(i, y)
-        plgpu.commit_smem()
-        for tile, target in results:
-            plgpu.copy_smem_to_gmem(tile, target)
+        out = self.arrays["out"].at[:, self.outputs(i)]
+        if settings.meets:
+            store(kept, y)  # `normalize` reads it
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(kept, out)
+        else:
+            store(out, y)
         if not settings.num_norms:
             return
+        y = y.astype(jnp.float32)
+        if not settings.meets:
+            self.begin_norms(i, y)
         mean, squares = moments_of_tile(y)
         if self.meets_in_memory:
             number, width = self.launch_number, settings.width
@@ -366,26 +368,29 @@ class _Block:
             store(self.arrays["moments"].at[0, :, self.tile(i)], mean)
             store(self.arrays["moments"].at[1, :, self.tile(i)], squares)
 
-    def begin_norms(self, i: int, y: Any) -> list[tuple[Any, Any]]:
-        """A tile's rows for each norm as deferred.py has them, in shared memory, and where they belong."""
+    def begin_norms(self, i: int, y: Any) -> None:
+        """Writes a tile's rows for each norm as deferred.py has them."""
         num_norms, integers, outputs = self.settings.num_norms, self.settings.integers, self.outputs(i)
-        if i > 0:
+        if integers is not None and i > 0:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
             plgpu.commit_smem()
-        row, results = number_of(y.shape, 0), []
+        row, copies = number_of(y.shape, 0), []
         for j in range(num_norms):
             scale, shift = (over_rows(column, y.shape) for column in self.affine(i, j))
             scaled = jnp.where(row == SCALE_ROW, scale, jnp.where(row == SHIFT_ROW, shift, y * scale))
-            target = self.smem["normed"].at[j]
+            of_norm, dtype = self.arrays["normed"][j], self.arrays["out"].dtype
             if integers is None:
-                store(target, scaled.astype(target.dtype))
-                results.append((target, self.arrays["normed"][j].at[:, outputs]))
+                store(of_norm.at[:, outputs], scaled.astype(dtype))
                 continue
-            blocks, of_norm = self.smem["normed_blocks"].at[j], self.arrays["normed"][j]
-            scaled = rounded(scaled, self.arrays["out"].dtype)
-            store_integers(target, blocks, scaled, integers.form, interpretable=self.settings.interpretable)
-            results += [(target, of_norm.values.at[:, outputs]), (blocks, of_norm.blocks.at[self.tile(i)])]
-        return results
+            values, blocks = self.smem["normed"].at[j], self.smem["normed_blocks"].at[j]
+            store_integers(
+                values, blocks, rounded(scaled, dtype), integers.form, interpretable=self.settings.interpretable
+            )
+            copies += [(values, of_norm.values.at[:, outputs]), (blocks, of_norm.blocks.at[self.tile(i)])]
+        if copies:
+            plgpu.commit_smem()
+        for made, target in copies:
+            plgpu.copy_smem_to_gmem(made, target)
 
     def meet_and_normalize(self) -> None:
         settings = self.settings

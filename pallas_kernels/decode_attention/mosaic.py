@@ -249,6 +249,8 @@ class Warpgroup:
         self.is_paged = "table" in arrays
         # Tiles are dealt out to all warpgroups of all blocks, one each and then from the first again.
         self.stream = self.index * self.plan.splits + self.split
+        if "slopes" in arrays and "slope_smem" not in smem:  # one query head; asked for before any keys
+            self.only_slope = arrays["slopes"][self.kv_head]
 
     def run(self) -> None:
         length = self.length()
@@ -383,7 +385,7 @@ class Warpgroup:
         if "slope_smem" in self.smem:
             slope = plgpu.load(self.smem["slope_smem"], layout=PER_HEAD)
         elif "slopes" in self.arrays:
-            slope = filled((heads,), self.arrays["slopes"][self.kv_head], PER_HEAD)
+            slope = filled((heads,), self.only_slope, PER_HEAD)
         p_smem = self.smem["p_smem"].at[self.index]
 
         def step(n, carry):

@@ -2,8 +2,8 @@
 
 Each warpgroup of a cluster has sums over some of the inputs, [64 outputs, 8 rows] of float32 as the matrix instruction
 leaves them: of four threads side by side each has two outputs of two rows. Row 0 is sent, the token, by the first of
-them, and by the last one rows 6 and 7, which a deferred norm wants (quantized_matmul/deferred.py). The cluster's first
-block adds up.
+them, and by the last one rows 6 and 7, which a deferred norm wants (quantized_matmul/deferred.py). Query, key and value
+each have a block of the cluster that adds up and sends what comes of it to all.
 """
 
 from typing import Any
@@ -42,29 +42,31 @@ PER_OUTPUT = MATRIX.reduce(1)
 _FOURS = 32  # in a warpgroup
 _LAST_BYTES, _FIRST_BYTES = 16, 8  # what the last and the first of four send
 _PART_BYTES = _FOURS * (_LAST_BYTES + _FIRST_BYTES)
-_NEWEST_BYTES = 4 * len(NAMES) * HEAD
+_NEWEST_BYTES = 4 * HEAD
 
 
 def buffers(num_shares: int) -> dict[str, Any]:
     """Shared memory: for the parts of all sums, and for query, key and value when they are done."""
     return {
         "parts": plgpu.SMEM((len(NAMES), num_shares, _PART_BYTES // 4), jnp.float32),
-        "parts_there": sending.barrier(),
+        "parts_there": sending.barriers(len(NAMES)),
         "newest": plgpu.SMEM((len(NAMES), HEAD), jnp.float32),
-        "newest_there": sending.barrier(),
+        "newest_there": sending.barriers(len(NAMES)),
     }
 
 
 def make_ready(smem: dict[str, Any], warpgroup: Any) -> None:
     """Before anything is sent; all threads of all blocks call it, then `expect` at one more barrier (sending.py)."""
-    of_parts = len(NAMES) * smem["parts"].shape[1] * _PART_BYTES
+    of_parts = smem["parts"].shape[1] * _PART_BYTES
 
-    @inlined(REF, REF, SCALAR)
-    def emit(_, parts_there, newest_there, warpgroup):
-        sending.make_ready(parts_there, scalar(warpgroup), integer(of_parts))
-        sending.make_ready(newest_there, scalar(warpgroup), integer(_NEWEST_BYTES))
+    @inlined(*[REF] * (2 * len(NAMES)), SCALAR)
+    def emit(_, *barriers_and_warpgroup):
+        *barriers, warpgroup = barriers_and_warpgroup
+        for barrier, num_bytes in zip(barriers, [of_parts] * len(NAMES) + [_NEWEST_BYTES] * len(NAMES), strict=True):
+            sending.make_ready(barrier, scalar(warpgroup), integer(num_bytes))
 
-    emit(smem["parts_there"], smem["newest_there"], jnp.int32(warpgroup))
+    barriers = [smem[name].at[which] for name in ("parts_there", "newest_there") for which in range(len(NAMES))]
+    emit(*barriers, jnp.int32(warpgroup))
 
 
 def _places_in_part(parts: ir.Value, number: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -78,26 +80,27 @@ def _is_of_four(which: int) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.eq, arith.remui(own_thread(), integer(4)), integer(which))
 
 
-def send_part(smem: dict[str, Any], which: int, share: Any, partial: Any) -> None:
-    """Sends a warpgroup's sums, [64, 8], to the first block. which: of NAMES; share: its number in the cluster."""
+def send_part(smem: dict[str, Any], which: int, share: Any, partial: Any, *, block: int) -> None:
+    """Sends a warpgroup's sums, [64, 8], to a block. which: of NAMES; share: the warpgroup's number in the cluster."""
     num_shares = smem["parts"].shape[1]
 
     @inlined(REF, REF, SCALAR, MATRIX)
     def emit(_, parts, there, share, partial):
         places = _places_in_part(parts, add(scalar(share), which * num_shares))
-        of_last, of_first = (sending.in_block(place, integer(0)) for place in places)
-        barrier = sending.in_block(shared_address(there), integer(0))
+        of_last, of_first = (sending.in_block(place, integer(block)) for place in places)
+        barrier = sending.in_block(shared_address(there), integer(block))
         values = [element(register, i) for register in partial.registers.flat for i in range(2)]
         with mgpu.utils.when(_is_of_four(3)):
             sending.send(of_last, values, barrier)
         with mgpu.utils.when(_is_of_four(0)):
             sending.send(of_first, values[::2], barrier)
 
-    emit(smem["parts"], smem["parts_there"], jnp.int32(share), partial)
+    emit(smem["parts"], smem["parts_there"].at[which], jnp.int32(share), partial)
 
 
 def sum_of_parts(smem: dict[str, Any], which: int) -> Any:
-    """In the first block, when all have come: [64, 8], in the order of the shares. Of rows 1 to 5 it is anything."""
+    """In the block that adds up, when all have come: [64, 8], in the order of the shares. Rows 1 to 5 are anything."""
+    sending.wait_for_all_sent(smem["parts_there"].at[which])
     num_shares = smem["parts"].shape[1]
     shape = plgpu.ShapeDtypeStruct((HEAD, ROWS_AT_ONCE), jnp.float32, layout=MATRIX)
 
@@ -141,7 +144,12 @@ def send_newest(smem: dict[str, Any], which: int, y: Any, num_blocks: int) -> No
             address = sending.in_block(add(own, 32 * half), block)
             sending.send(address, [element(register, 0)], barrier, predicate=exists)
 
-    emit(smem["newest"], smem["newest_there"], y)
+    emit(smem["newest"], smem["newest_there"].at[which], y)
+
+
+def wait_for_newest(smem: dict[str, Any], which: int) -> None:
+    """Returns when one of NAMES has come."""
+    sending.wait_for_all_sent(smem["newest_there"].at[which])
 
 
 def first_of(ref: Any) -> Any:

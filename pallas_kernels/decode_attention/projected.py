@@ -1,13 +1,13 @@
 """Queries, keys and values of a new token, and its attention, in one launch, where each query head has keys of its own.
 
 A cluster of blocks has one head. Its warpgroups share out the inputs of the head's three projections, as an input
-stage does (quantized_matmul/stream.py); the first block adds up, ends the layer norm and sends query, key and value to
-all (newest.py). Then they attend as decode attention does (mosaic.py). A tile of keys and one of values take as much
-shared memory as a chunk of weights, and the first of them are on their way as soon as the last chunks make room. So
-memory is read all the time, where two launches let it wait for some microseconds between them.
+stage does (quantized_matmul/stream.py). Of each one block adds up, ends the layer norm and sends query, key or value to
+all (newest.py), while the products of the next one go on. Then they attend as decode attention does (mosaic.py). A tile
+of keys and one of values take as much shared memory as a chunk of weights, and the first of them are on their way as
+soon as the last chunks make room. So memory is read all the time, where two launches let it wait for some microseconds
+between them.
 
-The new key and value are put into the tiles where they belong when these have come. Into the cache they go when all
-blocks have read it.
+Who has the tile of the new key or value puts it there, and into the cache, when both have come.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from pallas_kernels.decode_attention.cluster import MATRIX, Exchange
 from pallas_kernels.decode_attention.mosaic import QUERIES, Settings, Warpgroup
 from pallas_kernels.decode_attention.newest import HEAD, MAX_BLOCKS, NAMES, PER_OUTPUT
 from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
-from pallas_kernels.hopper import rounded, store
+from pallas_kernels.hopper import rounded, store, waited_for_here
 from pallas_kernels.quantized_matmul import plan as product_plan
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments, reason_against_kernel
 from pallas_kernels.quantized_matmul.mosaic import Norm, parameters
@@ -65,7 +65,7 @@ def attend_projected(
       moments: of that norm.
       keys, values: the cache, with room for the new ones.
       lengths: of the row, the new token counted in; 0 attends to nothing.
-      places: the slot of the new key and value; one past the last slot for none.
+      places: the slot of the new key and value, the last that `lengths` counts; one past the last slot for none.
       slopes, alibi, scale: as of `decode_attention`.
       plan: how it attends, None for the tuned one.
 
@@ -180,54 +180,72 @@ def _product_launch(products: Sequence[Product], shape: Shape, plan: Plan) -> pr
 
 
 class _Stream(Stream):
-    """Weights of the projections, after which something else comes into the same shared memory.
+    """Weights of the projections, after which something else comes into the same shared memory."""
 
-    follow: starts the copies of the n-th of that, if there is one.
-    """
+    follow: Callable[[Any], None] | None = None
 
-    follow: Callable[[Any], None]
+    def be_followed(self, follow: Callable[[Any], None]) -> None:
+        """Once begun. follow: starts the copies of the n-th of what comes after the weights, if there is one."""
+        self.follow = follow
+        at_least = len(self.operands) * (self.operands[0].num_chunks(self.plan) // self.num_shares)
+        for n in range(at_least, self.plan.stages):
+            pl.when(n >= self.total)(functools.partial(follow, n - self.total))
 
     def _copy(self, n: Any) -> None:
         super()._copy(n)
-        pl.when(n >= self.total)(lambda: self.follow(n - self.total))
+        if (follow := self.follow) is not None:
+            pl.when(n >= self.total)(lambda: follow(n - self.total))
 
 
 class _Warpgroup(Warpgroup):
-    """One warpgroup of a block."""
+    """One warpgroup of a block.
+
+    Whatever else it needs of device memory is asked for before any weights, behind which it would come microseconds
+    later.
+    """
 
     def __init__(self, settings: Settings, arrays: dict[str, Any], smem: dict[str, Any], launch: Any, epsilon: float):
         super().__init__(settings, arrays, smem)
-        self.is_first = (self.split == 0) & (self.index == 0)
         self.products = _Stream(
             launch, arrays["weights"], block=self.pair, split=self.split, warpgroup=self.index,
             xs=[arrays["x"]] * len(NAMES), smem=smem["products"], in_turn=False,
             interpretable=settings.interpretable,
         )  # fmt: skip
         self.norm = Norm(self.products, arrays["moments"], smem["row_smem"], arrays["x"].shape[1], epsilon)
+        outputs = pl.ds(self.pair * HEAD, HEAD)
+        self.biases = [None if bias is None else load(bias.at[outputs], PER_OUTPUT) for bias in arrays["biases"]]
+        self.length_and_place = arrays["lengths"][0], arrays["places"][0]
 
     def run(self) -> None:
-        length, totals = self.length(), []
-        num_mine = self.num_mine(length)
-
-        def copy_tile(n: Any) -> None:
-            pl.when(n < num_mine)(lambda: self.copy_tile(n, length))
-
-        self.products.follow = copy_tile
         self.products.begin()
         self.open()
+        length, self.place = self.length_and_place
+        if not self.settings.interpretable:
+            length, self.place = waited_for_here(length), waited_for_here(self.place)
+        length = jnp.minimum(length, self.shape.capacity)
+        num_mine = self.num_mine(length)
+        self.products.be_followed(lambda n: pl.when(n < num_mine)(lambda: self.copy_tile(n, length)))
+        finish: Callable[[], None] | None = None
         for which in range(len(NAMES)):
             [total] = self.products.sums(jnp.int32(which))
             if which == 0:
                 self.norm.leave(jnp.int32(0))
-            totals.append(total)
             if not self.settings.interpretable:
                 if which == 0:
                     sending.wait_for_all_open()
-                newest.send_part(self.smem, which, self.split * self.plan.warpgroups + self.index, total)
-        pl.when(self.is_first)(functools.partial(self.finish_products, totals))
+                share = self.split * self.plan.warpgroups + self.index
+                newest.send_part(self.smem, which, share, total, block=self.finisher(which))
+            # Sums are on their way for the time that those of the next product take.
+            if finish is not None:
+                finish()
+            finish = functools.partial(self.finish_product, which, total)
+        assert finish is not None
+        finish()
         self.take_queries()
         self.end(length, num_mine)
-        pl.when(self.is_first)(self.put_in_cache)
+        if not self.settings.interpretable:
+            for which in range(1, len(NAMES)):
+                newest.wait_for_newest(self.smem, which)  # which must not come to a block that has ended
 
     def open(self) -> None:
         """Before other blocks send this one anything: sums and the newest token too."""
@@ -251,33 +269,35 @@ class _Warpgroup(Warpgroup):
     def wait_for_all_open(self, exchange: Exchange) -> None:
         """That was before sums were sent."""
 
-    def finish_products(self, totals: list[Any]) -> None:
-        """Of the head's first warpgroup: query, key and value, of its own sums where it is the only one."""
-        if not self.settings.interpretable:
-            sending.wait_for_all_sent(self.smem["parts_there"])
-        plgpu.commit_smem()  # moments, which this warpgroup has left
-        read = (lambda ref: ref[0]) if self.settings.interpretable else newest.first_of
-        mean, inverse = (read(self.smem["row_smem"].at[i]) for i in range(2))
-        for which, (total, bias) in enumerate(zip(totals, self.arrays["biases"], strict=True)):
-            if not self.settings.interpretable:
-                total = newest.sum_of_parts(self.smem, which)
-            row = plgpu.broadcasted_iota(jnp.int32, total.shape, 1, layout=MATRIX)
-            y, scale, shift = (jnp.where(row == of, total, 0.0).sum(axis=1) for of in (0, SCALE_ROW, SHIFT_ROW))
+    def finisher(self, which: int) -> int:
+        """The block of the cluster, whose first warpgroup makes query, key or value of the sums."""
+        return which % self.plan.splits
+
+    def finish_product(self, which: int, total: Any) -> None:
+        """Of the one that does it, makes query, key or value. total: its own sums, all of them where it is alone."""
+        interpretable = self.settings.interpretable
+
+        @pl.when((self.split == self.finisher(which)) & (self.index == 0))
+        def _finish():
+            plgpu.commit_smem()  # moments, which this warpgroup has left
+            sums = total if interpretable else newest.sum_of_parts(self.smem, which)
+            read = (lambda ref: ref[0]) if interpretable else newest.first_of
+            mean, inverse = (read(self.smem["row_smem"].at[i]) for i in range(2))
+            row = plgpu.broadcasted_iota(jnp.int32, sums.shape, 1, layout=MATRIX)
+            y, scale, shift = (jnp.where(row == of, sums, 0.0).sum(axis=1) for of in (0, SCALE_ROW, SHIFT_ROW))
             y = rounded((y - mean * scale) * inverse + shift, self.dtype)
-            if bias is not None:
-                outputs = pl.ds(self.pair * HEAD, HEAD)
-                y = rounded(y + load(bias.at[outputs], PER_OUTPUT).astype(jnp.float32), self.dtype)
-            if self.settings.interpretable:
+            if (bias := self.biases[which]) is not None:
+                y = rounded(y + bias.astype(jnp.float32), self.dtype)
+            if interpretable:
                 store(self.smem["newest"].at[which], y)
+                plgpu.commit_smem()
             else:
                 newest.send_newest(self.smem, which, y, self.plan.splits)
-        if self.settings.interpretable:
-            plgpu.commit_smem()
 
     def take_queries(self) -> None:
-        """Waits for query, key and value, and moves the query into the order that the matrix instruction reads."""
+        """Waits for the query, and moves it into the order that the matrix instruction reads."""
         if not self.settings.interpretable:
-            sending.wait_for_all_sent(self.smem["newest_there"])
+            newest.wait_for_newest(self.smem, 0)
 
         @pl.when(self.index == 0)
         def _move():
@@ -290,9 +310,10 @@ class _Warpgroup(Warpgroup):
         self.gather()
 
     def complete(self, name: str, n: Any, length: Any) -> None:
-        """Puts the new key or value into the tile where it belongs."""
+        """Puts the new key or value into the tile where it belongs, and into the cache: nobody else reads that slot."""
+        which = NAMES.index({"k": "key", "v": "value"}[name])
         key = length - 1 - self.first_key(n)
-        new = self.smem["newest"].at[{"k": 1, "v": 2}[name]]
+        new = self.smem["newest"].at[which]
         tile = self.tile(name, self.slot(n))
 
         @pl.when((key >= 0) & (key < self.plan.keys))
@@ -301,15 +322,11 @@ class _Warpgroup(Warpgroup):
                 row = lax.broadcasted_iota(jnp.int32, tile.shape, 0)
                 tile[...] = jnp.where(row == key, new[...].astype(self.dtype)[None], tile[...])
             else:
+                newest.wait_for_newest(self.smem, which)
                 newest.put_in_tile(tile, key, new)
             plgpu.commit_smem()
 
-    def put_in_cache(self) -> None:
-        """Writes the new key and value where `places` says: all blocks have read the cache by now."""
-        place = self.arrays["places"][0]
-
-        @pl.when(place < self.shape.capacity)
-        def _put():
-            for which, name in ((1, "k"), (2, "v")):
-                new = load(self.smem["newest"].at[which], QUERIES.reduce(0)).astype(self.dtype)
-                store(self.arrays[name].at[0, place, self.pair], new)
+            @pl.when(self.place < self.shape.capacity)
+            def _keep():
+                kept = load(new, QUERIES.reduce(0)).astype(self.dtype)
+                store(self.arrays[name].at[0, self.place, self.pair], kept)

@@ -1,7 +1,7 @@
 """Products of a few rows with weights for Hopper, several in one launch: Pallas, Mosaic GPU. See stream.py."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +76,7 @@ def _launch(
     ]
     flat, treedef = jax.tree.flatten((inputs, moments and moments.tiles))
 
-    def body(*refs: Any, smem: dict[str, Any], out_smem: Any, row_smem: Any = None) -> None:
+    def body(*refs: Any, smem: dict[str, Any]) -> None:
         (given, tiles), made = treedef.unflatten(refs[: len(flat)]), iter(refs[len(flat) :])
         outs: list[Any] = [next(made) if product.slots is None else None for product in products]
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -85,22 +85,25 @@ def _launch(
             return Stream(
                 launch, [g["weights"] for g in given],
                 block=block, split=jnp.int32(0), warpgroup=warpgroup,
-                xs=[g["x"] for g in given], smem=smem, in_turn=True, interpretable=interpretable,
+                xs=[g["x"] for g in given], smem=smem["stream"], in_turn=True, interpretable=interpretable,
             )  # fmt: skip
 
         def consume(stream: Stream) -> None:
-            norm = None if moments is None else Norm(stream, tiles, row_smem, width, moments.epsilon)
+            norm = None if moments is None else Norm(stream, tiles, smem["rows"], width, moments.epsilon)
             stream.begin()
-            _Epilogue(products, given, outs, out_smem.at[warpgroup], norm).take_turns(stream)
+            own = {name: smem[name].at[warpgroup] for name in ("tile", "bias", "has_bias") if name in smem}
+            _Epilogue(products, given, outs, own, norm).take_turns(stream)
 
         run(plan, warpgroup, make, consume)
 
-    scratch_types: dict[str, Any] = {
-        "smem": scratch(launch, num_rows, integers=integers),
-        "out_smem": plgpu.SMEM((plan.warpgroups, num_rows, TILE), products[0].x.dtype),
-    }
+    dtype, W = products[0].x.dtype, plan.warpgroups
+    smem: dict[str, Any] = {"stream": scratch(launch, num_rows, integers=integers)}
     if moments is not None:
-        scratch_types["row_smem"] = plgpu.SMEM((2, num_rows), jnp.float32)
+        smem["rows"] = plgpu.SMEM((2, num_rows), jnp.float32)
+    if any(product.bias is not None for product in products):
+        smem |= {"bias": plgpu.SMEM((W, TILE), dtype), "has_bias": plgpu.Barrier(num_barriers=W)}
+    if any(product.slots is not None for product in products):
+        smem["tile"] = plgpu.SMEM((W, num_rows, TILE), dtype)
     made = plgpu.kernel(
         body,
         out_type=out_types,
@@ -110,7 +113,7 @@ def _launch(
         thread_name="warpgroup",
         kernel_name="project",
         compiler_params=parameters(interpretable),
-        scratch_types=scratch_types,
+        scratch_types={"smem": smem},
     )(*flat)
     results = iter(made)
     return [
@@ -159,7 +162,8 @@ class _Epilogue:
 
     Args:
       given, outs: each product's arguments but x, and its result where that goes into no slots, in device memory.
-      own_smem: [R, 64], for a tile on its way out.
+      smem: this warpgroup's. "tile" [R, 64], for one on its way to slots, if any goes there. If any product has a bias,
+        "bias" [64], for a tile's, and "has_bias", a barrier for when it is there.
       norm: None, or one that ends here.
     """
 
@@ -168,17 +172,27 @@ class _Epilogue:
         products: Sequence[Product],
         given: list[dict[str, Any]],
         outs: list[Any],
-        own_smem: Any,
+        smem: dict[str, Any],
         norm: Norm | None,
     ):
-        self.products, self.given, self.outs, self.own_smem, self.norm = products, given, outs, own_smem, norm
+        self.products, self.given, self.outs, self.smem, self.norm = products, given, outs, smem, norm
+        self.dtype = products[0].x.dtype
 
     def take_turns(self, stream: Stream) -> None:
         """Makes all tiles of a stream."""
 
         def take_turn(turn: Any, carry: None) -> None:
-            [partial] = stream.sums(turn)
             tile = stream.tile(turn, 0)
+
+            def with_own_operand(do: Callable[[Any, int], None]) -> None:
+                for k, operand in enumerate(stream.operands):
+                    own = tile - operand.first_tile
+                    is_own = (own >= 0) & (own < operand.num_tiles)
+                    pl.when(is_own)(functools.partial(do, own * TILE, k))
+
+            if "bias" in self.smem:  # asked for after the products it would be waited for
+                pl.when(stream.is_finisher(turn))(lambda: with_own_operand(self._copy_bias))
+            [partial] = stream.sums(turn)
             if self.norm is not None:
                 self.norm.leave(turn)
             stream.leave(turn, partial)
@@ -186,10 +200,7 @@ class _Epilogue:
             @pl.when(stream.is_finisher(turn))
             def _finish_own():
                 stream.wait_for_all(turn)
-                for k, operand in enumerate(stream.operands):
-                    own = tile - operand.first_tile
-                    is_own = (own >= 0) & (own < operand.num_tiles)
-                    pl.when(is_own)(functools.partial(self._finish, stream, turn, own * TILE, k))
+                with_own_operand(functools.partial(self._finish, stream, turn))
                 stream.let_go(turn)
 
             return carry
@@ -197,49 +208,57 @@ class _Epilogue:
         lax.fori_loop(0, stream.num_turns, take_turn, None)
         wait_until_results_have_left()
 
+    def _copy_bias(self, first: Any, k: int) -> None:
+        """Starts the copy of product k's bias for outputs from `first`, if it has one."""
+        if (bias := self.given[k]["bias"]) is not None:
+            plgpu.commit_smem()  # all warps have read the one before
+            plgpu.copy_gmem_to_smem(bias.at[pl.ds(first, TILE)], self.smem["bias"], self.smem["has_bias"])
+
     def _finish(self, stream: Stream, number: Any, first: Any, k: int) -> None:
         """Adds up what all warpgroups have left of a tile, product k's outputs from `first`, and sends it off."""
-        product, given, own_smem = self.products[k], self.given[k], self.own_smem
-        part = functools.partial(self._part, stream, number, first, k)
+        product, given = self.products[k], self.given[k]
+        part = functools.partial(self._part, stream, number, k)
+        if given["bias"] is not None:
+            plgpu.barrier_wait(self.smem["has_bias"])
         if product.rotary is None:
             parts = {(0, TILE): part()}
         else:
             cos, sin = (load(angles, HALF_ROWS).astype(jnp.float32) for angles in given["rotary"])
             one, other = part(0), part(1)
             parts = {(0, HALF): one * cos - other * sin, (HALF, HALF): other * cos + one * sin}
+        if product.slots is None:
+            for (start, size), y in parts.items():
+                store(self.outs[k].at[:, pl.ds(first + start, size)], y.astype(self.dtype))
+            return
+        tile = self.smem["tile"]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this warpgroup's tile before
         plgpu.commit_smem()
         for (start, size), y in parts.items():
-            store(own_smem.at[:, pl.ds(start, size)], y.astype(own_smem.dtype))
+            store(tile.at[:, pl.ds(start, size)], y.astype(self.dtype))
         plgpu.commit_smem()
-        outputs = pl.ds(first, TILE)
-        if product.slots is None:
-            plgpu.copy_smem_to_gmem(own_smem, self.outs[k].at[:, outputs])
-            return
-        slots, places = given["slots"]
+        outputs, (slots, places) = pl.ds(first, TILE), given["slots"]
 
         def put(row: Any, carry: None) -> None:
             # A place past the last one is out of bounds, where copies write nothing.
-            plgpu.copy_smem_to_gmem(own_smem.at[pl.ds(row, 1)], slots.at[pl.ds(places[row], 1), outputs])
+            plgpu.copy_smem_to_gmem(tile.at[pl.ds(row, 1)], slots.at[pl.ds(places[row], 1), outputs])
             return carry
 
         lax.fori_loop(0, places.shape[0], put, None)
 
-    def _part(self, stream: Stream, number: Any, first: Any, k: int, half: int | None = None) -> Any:
+    def _part(self, stream: Stream, number: Any, k: int, half: int | None = None) -> Any:
         """The tile but for its rotation, or a half of it: float32 with the precision of the result."""
-        bias, dtype = self.given[k]["bias"], self.own_smem.dtype
-        outputs, layout = pl.ds(first, TILE), ROWS
+        outputs, layout = pl.ds(0, TILE), ROWS
         if half is not None:
-            outputs, layout = pl.ds(first + half * HALF, HALF), HALF_ROWS
+            outputs, layout = pl.ds(half * HALF, HALF), HALF_ROWS
         y = stream.gathered(number, half)
         if self.norm is not None:
             scale, shift = (stream.gathered(number, half, row) for row in stream.affine_rows)
             y = self.norm.end(y, scale, shift, layout)
-        y = y.astype(dtype)
-        if bias is not None:
-            y = y + over_rows(load(bias.at[outputs], layout.reduce(0)), y.shape)
+        y = y.astype(self.dtype)
+        if self.given[k]["bias"] is not None:
+            y = y + over_rows(load(self.smem["bias"].at[outputs], layout.reduce(0)), y.shape)
         y = y.astype(jnp.float32)
-        return rounded(gelu(y), dtype) if self.products[k].activation == "gelu" else y
+        return rounded(gelu(y), self.dtype) if self.products[k].activation == "gelu" else y
 
 
 def parameters(interpretable: bool) -> Any:
