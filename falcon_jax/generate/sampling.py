@@ -21,6 +21,7 @@ from falcon_jax.errors import RequestError
 
 # Below this the lesser of two different logits is never drawn; 0 says so without a division.
 MIN_TEMPERATURE = 1e-6
+_PART = 128  # logits that are added up first
 
 
 class SamplingKind(NamedTuple):
@@ -235,11 +236,15 @@ def _likeliest(logits: Float[Array, "B V"]) -> tuple[Int[Array, " B"], Float[Arr
         total = total * jnp.exp(top - greatest) + other_total * jnp.exp(other_top - greatest)
         return greatest, jnp.where(is_other, other_at, at), total
 
-    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     # Of nothing: the least number there is, since infinity less infinity is none.
-    nothing = jnp.finfo(logits.dtype).min, jnp.int32(logits.shape[-1] - 1), jnp.zeros((), logits.dtype)
-    parts = logits, columns, jnp.ones_like(logits)
-    _, tokens, totals = jax.lax.reduce(parts, jax.tree.map(jnp.asarray, nothing), merge, (1,))
+    least = jnp.finfo(logits.dtype).min
+    nothing = tuple(map(jnp.asarray, (least, jnp.int32(logits.shape[-1] - 1), jnp.zeros((), logits.dtype))))
+    missing = -logits.shape[-1] % _PART
+    logits = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=least)
+    parts = logits, jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1), jnp.ones_like(logits)
+    # In two stages, as a GPU does it in any case: a CPU adds up one by one, and many small numbers would be lost.
+    parts = jax.lax.reduce(tuple(x.reshape(x.shape[0], -1, _PART) for x in parts), nothing, merge, (2,))
+    _, tokens, totals = jax.lax.reduce(parts, nothing, merge, (1,))
     return tokens, -jnp.log(totals)
 
 
