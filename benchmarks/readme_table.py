@@ -170,16 +170,16 @@ ROWS = (
     ),
     Row(
         "steps alone after 4,000 tokens, falcon-7b's shape in bf16; falcon-rw-1b's",
-        "{runs.15.cases.1.decode_tokens_per_s:.0f} tokens/s, {runs.15.cases.1.share_of_read_limit*100:.0f} % of the "
-        "read limit; {runs.19.cases.0.decode_tokens_per_s:.0f}, {runs.19.cases.0.share_of_read_limit*100:.0f} %",
+        "{runs.20.cases.1.decode_tokens_per_s:.0f} tokens/s, {runs.20.cases.1.share_of_read_limit*100:.0f} % of the "
+        "read limit; {runs.20.cases.0.decode_tokens_per_s:.0f}, {runs.20.cases.0.share_of_read_limit*100:.0f} %",
         "",
         "decoding-h200.json",
     ),
     Row(
         "falcon-40b-alibi's with one; four; sixteen rows, weights of 8 bits, and of 4 bits",
-        "{runs.16.cases.0.decode_tokens_per_s:.0f}; {runs.16.cases.1.decode_tokens_per_s:.0f}; "
-        "{runs.16.cases.2.decode_tokens_per_s:,.0f} tokens/s, and {runs.14.cases.0.decode_tokens_per_s:.0f}; "
-        "{runs.14.cases.1.decode_tokens_per_s:.0f}; {runs.14.cases.2.decode_tokens_per_s:,.0f}",
+        "{runs.21.cases.3.decode_tokens_per_s:.0f}; {runs.21.cases.4.decode_tokens_per_s:.0f}; "
+        "{runs.21.cases.5.decode_tokens_per_s:,.0f} tokens/s, and {runs.21.cases.0.decode_tokens_per_s:.0f}; "
+        "{runs.21.cases.1.decode_tokens_per_s:.0f}; {runs.21.cases.2.decode_tokens_per_s:,.0f}",
         "",
         "decoding-h200.json",
     ),
