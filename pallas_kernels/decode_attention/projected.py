@@ -225,22 +225,19 @@ class _Warpgroup(Warpgroup):
         length = jnp.minimum(length, self.shape.capacity)
         num_mine = self.num_mine(length)
         self.products.be_followed(lambda n: pl.when(n < num_mine)(lambda: self.copy_tile(n, length)))
-        finish: Callable[[], None] | None = None
+        totals: list[Any] = []
         for which in range(len(NAMES)):
-            [total] = self.products.sums(jnp.int32(which))
+            totals += self.products.sums(jnp.int32(which))
             if which == 0:
                 self.norm.leave(jnp.int32(0))
             if not self.settings.interpretable:
                 if which == 0:
                     sending.wait_for_all_open()
                 share = self.split * self.plan.warpgroups + self.index
-                newest.send_part(self.smem, which, share, total, block=self.finisher(which))
-            # Sums are on their way for the time that those of the next product take.
-            if finish is not None:
-                finish()
-            finish = functools.partial(self.finish_product, which, total)
-        assert finish is not None
-        finish()
+                newest.send_part(self.smem, which, share, totals[which], block=self.finisher(which))
+            if which > 0:  # those before have been on their way for as long as these took
+                self.finish_product(which - 1, totals[which - 1])
+        self.finish_product(len(NAMES) - 1, totals[-1])
         self.take_queries()
         self.end(length, num_mine)
         if not self.settings.interpretable:
