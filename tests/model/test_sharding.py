@@ -20,7 +20,7 @@ CONFIGS = {name: tiny(name) for name in VARIANTS}
 CONFIGS["falcon-7b, 71 heads"] = tiny(
     "falcon-7b", num_heads=71, width=8 * 71, mlp_width=64, num_layers=1, initializer_range=0.05
 )
-USUAL = ("falcon-rw-1b", "falcon-40b", "falcon-40b-alibi", "falcon-7b, 71 heads")
+USUAL = ("falcon-rw-1b", "falcon-40b", "falcon-7b, 71 heads")
 MESHES: list = [(name, {"tensor": 8}) for name in USUAL]
 MESHES += thorough((name, {"tensor": 8}) for name in CONFIGS if name not in USUAL)
 MESHES += [("falcon-7b, 71 heads", {"data": 2, "tensor": 4})]

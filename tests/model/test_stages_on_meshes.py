@@ -37,8 +37,8 @@ USUAL = ("falcon-rw-1b", "falcon-7b")
 CASES: list = [(name, "native", 8, 2) for name in USUAL]
 CASES += thorough((name, "native", 8, 2) for name in VARIANTS if name not in USUAL)
 CASES += [("falcon-40b", "native", 8, 4), *thorough([("falcon-rw-7b", "native", 8, 4)])]
-CASES += [("falcon-rw-1b", "int8", 64, 4), ("falcon-40b-alibi", "int4", 128, 4)]
-CASES += thorough([("falcon-40b", "int8", 64, 2)])
+CASES += [("falcon-40b-alibi", "int4", 128, 4)]
+CASES += thorough([("falcon-40b", "int8", 64, 2), ("falcon-rw-1b", "int8", 64, 4)])
 CASES += [("falcon-7b", "int4", 64, 8)]
 
 
