@@ -44,7 +44,7 @@ from pallas_kernels.quantized_matmul.integers import Integers
 from pallas_kernels.quantized_matmul.mosaic import parameters
 from pallas_kernels.quantized_matmul.plan import Launch, Plan, check_all_run_at_once, output_launch, sent_bytes
 from pallas_kernels.quantized_matmul.rows import (
-    PER_OUTPUT,
+    PER_COLUMN,
     load,
     moments_of_rows,
     moments_of_tile,
@@ -441,4 +441,4 @@ class _Block:
         return self.column(i, first), self.column(i, first + 1)
 
     def column(self, i: int, j: int) -> Any:
-        return load(self.smem["columns"].at[i, j], PER_OUTPUT).astype(jnp.float32)
+        return load(self.smem["columns"].at[i, j], PER_COLUMN).astype(jnp.float32)

@@ -22,7 +22,7 @@ def _by_rows(num_outputs: int) -> Any:
 
 # [8 rows, 64 outputs]: a warp has two rows, a thread four outputs of one. And of half as many, two.
 ROWS, HALF_ROWS = _by_rows(TILE), _by_rows(TILE // 2)
-PER_OUTPUT = ROWS.reduce(0)
+PER_COLUMN = ROWS.reduce(0)  # an output, which is a column there
 
 
 def own_place() -> tuple[ir.Value, ir.Value]:
