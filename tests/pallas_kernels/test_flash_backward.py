@@ -121,6 +121,7 @@ def test_gradients_through_the_log_sum_exp():
     assert np.max(np.abs(dq.astype(jnp.float32) - without)) > 0.1
 
 
+@pytest.mark.thorough
 def test_a_vmap_folds_into_the_batch():
     case = shapes.AttentionCase("vmap", 1, 72, 72, 2, 1, 64, alibi="float32")
     members = [case.draw(seed) for seed in (0, 1)]
