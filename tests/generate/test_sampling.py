@@ -194,3 +194,15 @@ def test_row_keys_depend_on_seed_prompt_and_sample_alone():
 def test_values_out_of_range_are_named(name, value, said):
     with pytest.raises(RequestError, match=f"{name}={value!r} is out of range: it must be .*{said}"):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("vocab_size", [1, 127, 300, 65024])
+def test_the_first_of_equally_likely_tokens_is_greedy_s_and_its_probability_is_exact(vocab_size):
+    logits = np.array(jax.random.normal(jax.random.key(vocab_size), (3, vocab_size)), np.float32) * 3
+    logits[1, [0, vocab_size // 3, vocab_size - 1]] = 20.0  # equal, in several parts of the row
+    logits[2, :-1] = -np.inf
+    greedy = Sampling()
+    tokens, logprobs = sample(jnp.asarray(logits), None, greedy.values, None, greedy.kind)
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    expected = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()[np.arange(3), tokens]
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-6, atol=1e-6)

@@ -371,10 +371,10 @@ WIDTHS = {"falcon-40b-alibi": (8192, (8192, 128, 128), 32768), "falcon-7b": (454
 @pytest.mark.parametrize(
     ("name", "form", "num_rows"),
     [
+        ("falcon-40b-alibi", "int8", 8),
         ("falcon-40b-alibi", "int4", 8),
         ("falcon-7b", "native", 16),
         ("falcon-7b", "int4", 64),
-        *thorough([("falcon-40b-alibi", "int8", 8)]),
     ],
 )
 def test_stages_of_a_layer_are_one_launch_each_without_spills(compiler, name, form, num_rows):

@@ -16,8 +16,12 @@ from tests.pallas_kernels import tolerance
 from tests.pallas_kernels.interpreted import interpreted
 from tests.thorough import thorough, thorough_but
 
-# Grouped heads are what both together have, heads that share keys what is divided below, hf_bf16 what packed rows have.
-ALONE = ("alibi, odd", "rows of different length", "chunks at different places")
+ALONE = (
+    "alibi, odd",
+    "rows of different length",
+    "chunks at different places",
+    "hf_bf16 where neighbours round alike",
+)
 TOGETHER = ("grouped rows, one of them empty", "float16")
 
 
@@ -121,7 +125,6 @@ def test_gradients_through_the_log_sum_exp():
     assert np.max(np.abs(dq.astype(jnp.float32) - without)) > 0.1
 
 
-@pytest.mark.thorough
 def test_a_vmap_folds_into_the_batch():
     case = shapes.AttentionCase("vmap", 1, 72, 72, 2, 1, 64, alibi="float32")
     members = [case.draw(seed) for seed in (0, 1)]

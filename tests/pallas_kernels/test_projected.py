@@ -7,9 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.plan import Plan
 from pallas_kernels.decode_attention.projected import attend_projected, reason_against
 from pallas_kernels.quantized_matmul import Moments, Product, deferred, project
 from tests.pallas_kernels.interpreted import interpreted
@@ -22,9 +24,9 @@ from tests.thorough import thorough
 H = 64
 
 
-def arguments(width, num_heads, capacity, length, *, has_biases=True, token=0):
-    """What the kernel is given, slopes among it, and the norm and x that its rows stand for: of a token's own."""
-    x, norm = normal(100 * token + 1, 8, width) + 0.5, (normal(2, width), normal(3, width))
+def arguments(width, num_heads, capacity, length, *, has_biases=True):
+    """What the kernel is given, slopes among it, and the norm and x that its rows stand for."""
+    x, norm = normal(1, 8, width) + 0.5, (normal(2, width), normal(3, width))
     [rows], moments = deferred.begin(x, [norm], EPSILON)
     size = num_heads * H
     products = [
@@ -59,15 +61,31 @@ def exact(given, slopes, stands_for, **options):
     return out.reshape(1, -1), keys, values
 
 
-def require_right(*tokens, **options):
-    """For all tokens together, of each what the kernel made and its arguments: one may by chance be rounded worse."""
-    made, plain, right = [], [], []
-    for of_token, given, slopes, stands_for in tokens:
-        made.append([x[:1] for x in of_token])
-        plain.append(two_launches(*given, slopes=slopes, implementation="xla", **options))
-        right.append(exact(given, slopes, stands_for, **options))
-    for which in range(3):
-        require_close(*(jnp.concatenate([x[which] for x in of_tokens]) for of_tokens in (made, plain, right)))
+def same_roundings(products, moments, keys, values, lengths, places, **options):
+    """The same by plain JAX with the kernel's own roundings: the norm ends in the products, not before them."""
+    num_inputs = products[0].x.shape[1]
+    means, squares = moments.tiles[:, 0, : num_inputs // 64]
+    mean = means.mean()
+    variance = (squares + 64 * jnp.square(means - mean)).sum() / num_inputs
+    made = []
+    for product in products:
+        rows = product.x.astype(jnp.float32) @ product.weight.astype(jnp.float32)
+        y = (rows[0] - mean * rows[deferred.SCALE_ROW]) * lax.rsqrt(variance + EPSILON) + rows[deferred.SHIFT_ROW]
+        y = y.astype(product.x.dtype)
+        made.append((y if product.bias is None else y + product.bias).reshape(1, -1, H))
+    q, k, v = made
+    keys, values = (cache.at[0, places].set(new, mode="drop") for cache, new in ((keys, k), (values, v)))
+    out = decode_attention(q, keys, values, lengths=lengths, implementation="xla", **options)
+    return out.reshape(1, -1), keys, values
+
+
+TWO = functools.partial(two_launches, implementation="xla")
+
+
+def require_right(made, given, slopes, stands_for, plain=TWO, **options):
+    plain = plain(*given, slopes=slopes, **options)
+    for some, other, right in zip(made, plain, exact(given, slopes, stands_for, **options), strict=True):
+        require_close(some[:1], other, right)
 
 
 # Inputs, heads, slots, length: the new token in a first tile, in a later one, first of a tile, last of all, none.
@@ -91,7 +109,17 @@ def test_interpreted(width, num_heads, capacity, length, has_biases):
     with interpreted():
         assert reason_against(given[0], given[2]) is None
         made = jax.block_until_ready(attend_projected(*given, slopes=slopes, **options))
-    require_right((made, given, slopes, stands_for), **options)
+    require_right(made, given, slopes, stands_for, **options)
+    require_right(made, given, slopes, stands_for, same_roundings, **options)
+
+
+def test_interpreted_with_fewer_chunks_of_weights_than_stages():
+    given, slopes, stands_for = arguments(128, 1, 256, 200)
+    options = {"alibi": "float32", "scale": H**-0.5}
+    with interpreted():
+        step = functools.partial(attend_projected, plan=Plan(64, 1, 4, 1), slopes=slopes, **options)
+        made = jax.block_until_ready(step(*given))
+    require_right(made, given, slopes, stands_for, **options)
 
 
 @pytest.mark.parametrize("num_heads", [32, *thorough([64])])
@@ -135,15 +163,18 @@ def test_what_it_does_not_take():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("num_heads", "capacity", "length"),
-    [(heads, 4352, length) for heads in (32, 64) for length in (1, 64, 700, 4000, 4352, 0)] + [(32, 192, 150)],
+    ("num_heads", "capacity", "length", "plain"),
+    [
+        *[(heads, 4352, length, TWO) for heads in (32, 64) for length in (1, 64, 700, 4000, 4352, 0)],
+        # Three blocks a head. For this token XLA, which rounds rows before the products, is by chance twice as exact.
+        (32, 192, 150, same_roundings),
+    ],
 )
-def test_on_a_gpu_it_is_right_and_always_the_same(num_heads, capacity, length):
-    tokens = [arguments(num_heads * H, num_heads, capacity, length, token=token) for token in range(4)]
-    given, slopes, _ = tokens[0]
+def test_on_a_gpu_it_is_right_and_always_the_same(num_heads, capacity, length, plain):
+    given, slopes, stands_for = arguments(num_heads * H, num_heads, capacity, length)
     options = {"alibi": "float32", "scale": H**-0.5}
     step = jax.jit(functools.partial(attend_projected, slopes=slopes, **options))
     made = jax.block_until_ready(step(*given))
-    require_right(*((step(*of_token[0]), *of_token) for of_token in tokens), **options)
+    require_right(made, given, slopes, stands_for, plain, **options)
     differ = jax.jit(lambda some, other: sum((x[:1] != y[:1]).sum() for x, y in zip(some, other, strict=True)))
     assert sum(differ(made, step(*given)) for _ in range(200)) == 0

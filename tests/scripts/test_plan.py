@@ -102,7 +102,6 @@ def test_a_step_is_compiled_for_eight_gpus_and_fits(ran):
     assert lines[-1].startswith("fits: ") and "compiling the step" in ran.errors
 
 
-@pytest.mark.thorough
 def test_a_mesh_of_a100s_without_a_tensor_axis_compiles(ran):
     """Attention is cuDNN's there, which no axis may be beside that is XLA's own."""
     config = models.tiny("falcon-7b", num_layers=1, num_heads=4, width=256, mlp_width=256)
