@@ -24,6 +24,7 @@ from pallas_kernels.instructions import (
     SCALAR,
     device_address,
     do,
+    element,
     inlined,
     integer,
     is_first_thread,
@@ -121,16 +122,22 @@ def rounded(x: Any, dtype: DTypeLike) -> Any:
     return x.astype(dtype).astype(jnp.float32)
 
 
-def waited_for_here(x: Any) -> Any:
-    """An int32 that was read from memory earlier, for use from here on: else the compiler may have the kernel wait for
-    it where it was read."""
-    made = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
+def not_before(x: Any, layout: Any = SCALAR) -> Any:
+    """x, int32 or float32 in a layout, for use from here on. What was read from memory earlier the compiler may else
+    have the kernel wait for where it was read, or in front of a loop that does not change it."""
+    made = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
 
-    @inlined(SCALAR, return_type=made)
+    @inlined(layout, return_type=made)
     def emit(_, x):
-        i32 = ir.IntegerType.get_signless(32)
-        moved = mgpu.utils.inline_ptx("mov.b32 $0, $1;", scalar(x), result_types=i32, has_side_effects=True)
-        return mgpu.FragmentedArray.splat(moved, (), is_signed=True)
+        registers = np.empty_like(x.registers)
+        for at, register in np.ndenumerate(x.registers):
+            is_vector = isinstance(register.type, ir.VectorType)
+            elements = [element(register, i) for i in range(register.type.shape[0])] if is_vector else [register]
+            count, types = len(elements), [part.type for part in elements]
+            move = "\n".join(f"mov.b32 ${i}, ${i + count};" for i in range(count))
+            moved = mgpu.utils.inline_ptx(move, *elements, result_types=types, has_side_effects=True)
+            registers[at] = vector.from_elements(register.type, moved) if is_vector else moved[0]
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
 
     return emit(x)
 

@@ -28,7 +28,7 @@ from pallas_kernels.decode_attention.cluster import MATRIX, Exchange
 from pallas_kernels.decode_attention.mosaic import QUERIES, Settings, Warpgroup
 from pallas_kernels.decode_attention.newest import HEAD, MAX_BLOCKS, NAMES, PER_OUTPUT
 from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
-from pallas_kernels.hopper import rounded, store, waited_for_here
+from pallas_kernels.hopper import not_before, rounded, store
 from pallas_kernels.quantized_matmul import plan as product_plan
 from pallas_kernels.quantized_matmul.deferred import SCALE_ROW, SHIFT_ROW, Moments, reason_against_kernel
 from pallas_kernels.quantized_matmul.mosaic import Norm, parameters
@@ -221,7 +221,7 @@ class _Warpgroup(Warpgroup):
         self.open()
         length, self.place = self.length_and_place
         if not self.settings.interpretable:
-            length, self.place = waited_for_here(length), waited_for_here(self.place)
+            length, self.place = not_before(length), not_before(self.place)
         length = jnp.minimum(length, self.shape.capacity)
         num_mine = self.num_mine(length)
         self.products.be_followed(lambda n: pl.when(n < num_mine)(lambda: self.copy_tile(n, length)))

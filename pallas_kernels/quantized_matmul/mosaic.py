@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.hopper import LOG2E, filled, rounded, store, wait_until_results_have_left
+from pallas_kernels.hopper import LOG2E, filled, not_before, rounded, store, wait_until_results_have_left
 from pallas_kernels.quantized_matmul.deferred import Moments
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.integers import IntegerRows
@@ -23,7 +23,6 @@ from pallas_kernels.quantized_matmul.rows import (
     ROWS,
     load,
     moments_of_rows,
-    not_before,
     over_outputs,
     over_rows,
 )
@@ -147,7 +146,7 @@ class Norm:
 
         @pl.when(self.is_first & (turn == 0))
         def _leave():
-            means, squares = self.of_tiles if self.interpretable else map(not_before, self.of_tiles)
+            means, squares = self.of_tiles if self.interpretable else (not_before(x, ROWS) for x in self.of_tiles)
             for i, of_rows in enumerate(moments_of_rows(means, squares, self.width, self.epsilon)):
                 store(self.smem.at[i], of_rows)
 

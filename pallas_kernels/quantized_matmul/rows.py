@@ -9,9 +9,9 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.instructions import element, inlined, integer, make, own_thread
+from pallas_kernels.instructions import integer, own_thread
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 
 
@@ -56,23 +56,6 @@ def over_outputs(x: Any, dims: tuple[int, ...]) -> Any:
 def number_of(shape: tuple[int, ...], axis: int) -> Any:
     """Each element's row or column, int32."""
     return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), ROWS)
-
-
-def not_before(x: Any) -> Any:
-    """x, for use from here on: where a loop does not change it, the compiler would else use it in front of the loop,
-    and wait for it there."""
-    made = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=ROWS)
-
-    @inlined(ROWS, return_type=made)
-    def emit(_, x):
-        registers = np.empty_like(x.registers)
-        for at, register in np.ndenumerate(x.registers):
-            elements = [element(register, i) for i in range(4)]
-            move = "\n".join(f"mov.b32 ${i}, ${i + 4};" for i in range(4))
-            registers[at] = vector.from_elements(register.type, make(move, *elements, num_results=4))
-        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
-
-    return emit(x)
 
 
 def moments_of_tile(y: Any) -> tuple[Any, Any]:
