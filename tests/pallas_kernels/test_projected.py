@@ -3,6 +3,8 @@ a GPU beside the two launches that it stands for."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +84,9 @@ def same_roundings(products, moments, keys, values, lengths, places, **options):
 TWO = functools.partial(two_launches, implementation="xla")
 
 
-def require_right(made, given, slopes, stands_for, plain=TWO, **options):
-    plain = plain(*given, slopes=slopes, **options)
-    for some, other, right in zip(made, plain, exact(given, slopes, stands_for, **options), strict=True):
+def require_right(made, given, slopes, stands_for, plain: Callable[..., Any] = TWO, **options):
+    others = plain(*given, slopes=slopes, **options)
+    for some, other, right in zip(made, others, exact(given, slopes, stands_for, **options), strict=True):
         require_close(some[:1], other, right)
 
 
