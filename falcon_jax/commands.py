@@ -166,24 +166,28 @@ def generation_programs(
     alibi: str,
     cuda_graphs: bool,
     max_cache_tokens: int | None,
+    streamed: bool,
     **request: Any,
 ) -> Iterator[jax.stages.Lowered]:
     """What continues `prompt` with the model in `folder` on one device, from the folder's small files alone.
 
     Args:
       dtype, alibi, cuda_graphs, max_cache_tokens: as for Falcon.from_checkpoint.
-      request: max_new_tokens and whatever else Falcon.generate is given.
+      streamed: by Falcon.stream, not by Falcon.generate.
+      request: max_new_tokens and whatever else either is given.
     """
     config, shapes = described(folder, dtype)
     options = ForwardOptions(alibi=alibi)
     engine = Engine(config, shapes, options, max_cache_tokens=max_cache_tokens, cuda_graphs=cuda_graphs)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: request[name] for name in names if name in request})
+    num_samples, stop = request.get("num_samples", 1), request.get("stop")
     yield from engine.lower_ahead(
         len(Tokenizer.from_folder(folder).encode(prompt)),
         request["max_new_tokens"],
         sampling,
-        request.get("num_samples", 1),
+        num_samples,
         request.get("speculate", 0),
-        ahead=not request.get("stop"),  # as Falcon.generate does
+        ahead=not stop,  # as both do
+        asks_anew=streamed or bool(stop and num_samples > 1),  # a stop string ends a row, and others go on
     )

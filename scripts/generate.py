@@ -96,15 +96,16 @@ def main(arguments: Arguments) -> None:
     num_samples = arguments.num_samples
     begin = time.perf_counter()
     folder = BUNDLED_MODEL if arguments.model is None else hub.local_folder(arguments.model)
+    streamed = not arguments.json and num_samples == 1
     programs = functools.partial(
-        commands.generation_programs, folder, prompt, num_samples=num_samples, **how, **options
+        commands.generation_programs, folder, prompt, num_samples=num_samples, streamed=streamed, **how, **options
     )
     with commands.compile_ahead(programs):
         model = Falcon.from_checkpoint(folder, **how)
     timing = {"import_s": import_s, "load_s": time.perf_counter() - begin}
     if arguments.json:
         counts = print_json(model, prompt, options, num_samples, timing)
-    elif num_samples == 1 and model.tokenizer is not None:
+    elif streamed:
         stream = model.stream(prompt, **options)
         for piece in stream:
             print(piece, end="", flush=True)

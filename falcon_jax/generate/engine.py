@@ -151,11 +151,15 @@ class Engine:
         num_samples: int = 1,
         num_drafted: int = 0,
         ahead: bool = False,
+        asks_anew: bool = False,
     ) -> Iterator[jax.stages.Lowered]:
         """The programs of a run of one prompt in the order of its calls, from shapes alone: `params` may be abstract.
 
         Each that is compiled is there already when `start` calls it with arrays that lie as the shapes say. On one
         device; the last program is the one that decodes.
+
+        Args:
+          asks_anew: the run's calls are for fewer steps than a whole chunk, or go on after `Generation.stop`.
 
         Raises:
           RequestError: as `start`.
@@ -189,7 +193,8 @@ class Engine:
             return
         rows, chunk, request = results(lowered)
         state = DecodeState(cache, rows, chunk)
-        yield ask.lower(request, np.int32(1), np.zeros(num_samples, bool), **static)
+        if asks_anew:
+            yield ask.lower(request, np.int32(1), np.zeros(num_samples, bool), **static)
         if ahead:
             yield copy_made.lower(state, **static)
         arguments = (self.params, state, request, keys, *fixed)
