@@ -109,7 +109,25 @@ class Shape:
 
 
 def default_plan(shape: Shape, num_sms: int) -> Plan:
-    """The plan for a GPU with that many multiprocessors, by what was measured on one of 132 (benchmarks/LOG.md).
+    """The plan for a GPU with that many multiprocessors."""
+    plan = _plan_as_measured(shape, num_sms)
+    # More query heads on a KV head than any published model has take more shared memory and more blocks.
+    while shape.smem_bytes(plan) > compat.MAX_SMEM_BYTES:
+        if plan.stages > 2:
+            plan = dataclasses.replace(plan, stages=plan.stages - 1)
+        elif plan.warpgroups > 1:
+            plan = dataclasses.replace(plan, warpgroups=plan.warpgroups - 1)
+        else:
+            plan = dataclasses.replace(plan, max_heads=shape.heads(plan) // 2)
+    most = num_sms * shape.blocks_per_sm(plan) // shape.pairs(plan)
+    if plan.through_memory and plan.splits > most:
+        # Where that leaves one, nobody meets in memory.
+        plan = dataclasses.replace(plan, splits=most) if most > 1 else dataclasses.replace(plan, splits=1, warpgroups=1)
+    return plan
+
+
+def _plan_as_measured(shape: Shape, num_sms: int) -> Plan:
+    """By what was found on a GPU of 132 multiprocessors (benchmarks/LOG.md).
 
     Short caches of few rows, up to 8,192 keys, are a matter of latency: clusters, with the query heads shared out too,
     since what blocks send each other grows with their heads and is slower than reading keys twice. Long ones are a

@@ -1,6 +1,7 @@
 """The decode kernel, interpreted with race detection, against the reference; the plain versions against float64."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from pallas_kernels import compat, shapes
 from pallas_kernels.decode_attention import decode_attention, decode_attention_in_chain, mosaic
-from pallas_kernels.decode_attention.plan import Plan, Shape, default_plan
+from pallas_kernels.decode_attention.plan import MAX_HEADS, Plan, Shape, default_plan
 from pallas_kernels.decode_attention.reference import decode_reference
 from pallas_kernels.flash_attention.cudnn import alibi_columns
 from tests.pallas_kernels import tolerance
@@ -295,6 +296,16 @@ def test_default_plans_fit_the_gpu(heads, batch, capacity, num_sms):
     plan = default_plan(shape, num_sms)
     shape.check(plan, num_sms)
     assert plan.splits * plan.keys < capacity + plan.keys
+
+
+@pytest.mark.parametrize(("G", "H"), [(96, 64), (128, 64), (232, 64), (71, 128), (96, 128), (232, 128)])
+@pytest.mark.parametrize("num_sms", [78, 132])
+def test_default_plans_fit_for_more_query_heads_than_published_models_have(G, H, num_sms):
+    for batch, K, capacity in itertools.product((1, 2, 4, 16, 200), (1, 8), (64, 256, 4352, 16384, 131072)):
+        shape = Shape(batch, K, G, H, capacity)
+        plan = default_plan(shape, num_sms)
+        shape.check(plan, num_sms)
+        assert plan.splits * plan.keys < capacity + plan.keys and shape.heads(plan) <= MAX_HEADS[H]
 
 
 def test_heads_are_padded_to_eight_and_divided_beyond_what_a_block_takes():
