@@ -159,7 +159,8 @@ class Engine:
         device; the last program is the one that decodes.
 
         Args:
-          asks_anew: the run's calls are for fewer steps than a whole chunk, or go on after `Generation.stop`.
+          longest_prompt: its tokens. ahead, and the rest: as for `start`.
+          asks_anew: the run's calls are for fewer steps than a whole chunk, or may go on after `Generation.stop`.
 
         Raises:
           RequestError: as `start`.

@@ -99,11 +99,15 @@ class Shape:
         """Blocks that a multiprocessor holds for sure: by shared memory, and by registers, at most 255 a thread."""
         return min(max(1, 2 // plan.warpgroups), compat.MAX_SMEM_BYTES // self.smem_bytes(plan))
 
+    def blocks_at_once(self, plan: Plan, num_sms: int) -> int:
+        """Blocks that a GPU with that many multiprocessors holds for sure."""
+        return num_sms * self.blocks_per_sm(plan)
+
     def check(self, plan: Plan, num_sms: int) -> None:
         """Raises ValueError where the plan cannot run: blocks would wait for others that never start."""
         if (asked := self.smem_bytes(plan)) > compat.MAX_SMEM_BYTES:
             raise ValueError(f"{plan}: {asked} bytes of shared memory, and a block can have {compat.MAX_SMEM_BYTES}")
-        room, num_blocks = num_sms * self.blocks_per_sm(plan), self.pairs(plan) * plan.splits
+        room, num_blocks = self.blocks_at_once(plan, num_sms), self.pairs(plan) * plan.splits
         if plan.through_memory and num_blocks > room:
             raise ValueError(f"{plan}: {num_blocks} blocks must run at once, and the GPU holds {room}")
 
@@ -113,17 +117,15 @@ def default_plan(shape: Shape, num_sms: int) -> Plan:
     plan = _plan_as_measured(shape, num_sms)
     # More query heads on a KV head than any published model has take more shared memory and more blocks.
     while shape.smem_bytes(plan) > compat.MAX_SMEM_BYTES:
-        if plan.stages > 2:
-            plan = dataclasses.replace(plan, stages=plan.stages - 1)
-        elif plan.warpgroups > 1:
-            plan = dataclasses.replace(plan, warpgroups=plan.warpgroups - 1)
-        else:
-            plan = dataclasses.replace(plan, max_heads=shape.heads(plan) // 2)
-    most = num_sms * shape.blocks_per_sm(plan) // shape.pairs(plan)
-    if plan.through_memory and plan.splits > most:
-        # Where that leaves one, nobody meets in memory.
-        plan = dataclasses.replace(plan, splits=most) if most > 1 else dataclasses.replace(plan, splits=1, warpgroups=1)
-    return plan
+        less = {"stages": plan.stages - 1} if plan.stages > 2 else {"warpgroups": plan.warpgroups - 1}
+        plan = dataclasses.replace(plan, **less)
+    splits = shape.blocks_at_once(plan, num_sms) // shape.pairs(plan)
+    if not plan.through_memory or plan.splits <= splits:
+        return plan
+    if splits > 1:
+        return dataclasses.replace(plan, splits=splits)
+    # One warpgroup a block: several would send each other results, for which there may be no room.
+    return dataclasses.replace(plan, splits=1, warpgroups=1)
 
 
 def _plan_as_measured(shape: Shape, num_sms: int) -> Plan:

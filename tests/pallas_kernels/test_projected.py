@@ -81,10 +81,10 @@ def same_roundings(products, moments, keys, values, lengths, places, **options):
     return out.reshape(1, -1), keys, values
 
 
-TWO = functools.partial(two_launches, implementation="xla")
+TWO_LAUNCHES = functools.partial(two_launches, implementation="xla")
 
 
-def require_right(made, given, slopes, stands_for, plain: Callable[..., Any] = TWO, **options):
+def require_right(made, given, slopes, stands_for, plain: Callable[..., Any] = TWO_LAUNCHES, **options):
     others = plain(*given, slopes=slopes, **options)
     for some, other, right in zip(made, others, exact(given, slopes, stands_for, **options), strict=True):
         require_close(some[:1], other, right)
@@ -167,7 +167,7 @@ def test_what_it_does_not_take():
 @pytest.mark.parametrize(
     ("num_heads", "capacity", "length", "plain"),
     [
-        *[(heads, 4352, length, TWO) for heads in (32, 64) for length in (1, 64, 700, 4000, 4352, 0)],
+        *[(heads, 4352, length, TWO_LAUNCHES) for heads in (32, 64) for length in (1, 64, 700, 4000, 4352, 0)],
         # Three blocks a head. For this token XLA, which rounds rows before the products, is by chance twice as exact.
         (32, 192, 150, same_roundings),
     ],
