@@ -6,7 +6,7 @@ microseconds, in which no weights are read if it has the GPU to itself. On a few
 leaves free it takes longer, and nobody waits for it, if it is done before the product is.
 
 So queries, keys and values become a launch of their own, which costs less than attention did; one that was measured to
-pay for weights of 16 and 8 bits, and not for 4 bits, whose products wait for arithmetic as well (benchmarks/LOG.md).
+pay for weights of 16 and 8 bits, and not for 4 bits (benchmarks/LOG.md).
 """
 
 import math
