@@ -121,8 +121,8 @@ def weight_bytes(config: FalconConfig, dtype: str, weights: str = "native") -> i
 def step_weight_bytes(config: FalconConfig, dtype: str, weights: str = "native") -> int:
     """Bytes of weights that a decode step must read: all but an embedding table that is not the head as well."""
     sizes = _parameter_bytes(config, dtype, weights)
-    unread = 0 if config.tie_word_embeddings else sizes["embed.weight"]
-    return sum(sizes.values()) - unread
+    unread = () if config.tie_word_embeddings else ("embed.weight",)
+    return sum(size for path, size in sizes.items() if not path.startswith(unread))
 
 
 def prefill_flops(config: FalconConfig, workload: Workload) -> int:

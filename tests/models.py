@@ -8,6 +8,8 @@ import numpy as np
 
 from falcon_jax.config import FalconConfig
 from falcon_jax.model import params as model_params
+from falcon_jax.model import quantize
+from pallas_kernels.quantized_matmul import QuantizedWeight, dequantize
 from tests import hf_models
 
 VARIANTS = hf_models.VARIANTS
@@ -28,3 +30,16 @@ def random_params(config: FalconConfig, seed: int = 0, dtype: str = "float32") -
             noise = 0.3 * generator.standard_normal(leaf.shape, np.float32)
             params[path] = leaf + jnp.asarray(noise)
     return jax.tree.map(lambda x: x.astype(dtype), model_params.unflatten(params))
+
+
+def native_again(params: model_params.Params, config: FalconConfig) -> model_params.Params:
+    """The native tree, in float32 where that is new, of the numbers that one in few bits stands for."""
+    leaves, made = model_params.flatten(params), {}
+    for path, leaf in model_params.flatten(model_params.abstract(config, "float32")).items():
+        if path in leaves:
+            made[path] = leaves[path]
+        else:
+            weight = QuantizedWeight(leaves[f"{path}.values"], leaves[f"{path}.scales"])
+            matrix = dequantize(weight, *quantize.matrix_shape(path, leaf.shape))
+            made[path] = matrix.T if path == quantize.EMBEDDING else matrix.reshape(leaf.shape)
+    return model_params.unflatten(made)

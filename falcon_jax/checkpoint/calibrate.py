@@ -26,7 +26,7 @@ from falcon_jax.errors import CheckpointError
 from falcon_jax.model import layerwise, quantize
 from falcon_jax.model.params import Params, unflatten
 from falcon_jax.tokenizer import TOKENIZER_FILE, Tokenizer
-from pallas_kernels.quantized_matmul import QuantizedWeight, dequantize, quantize_calibrated
+from pallas_kernels.quantized_matmul import QuantizedWeight, dequantize, output_rows, quantize_calibrated
 
 _MAX_CHARACTERS_PER_TOKEN = 16  # of ordinary text; how much of a long one is encoded
 _BATCH_TOKENS = 8192  # through a layer at once
@@ -105,23 +105,27 @@ class LayerCalibration:
     """The rows on their way through the layers, which are handed over in order.
 
     Args:
-      embedding: its dtype is the one that the layers are run in.
+      embedding: as it is stored, in 8 bits.
       weights: "int8" or "int4".
+      dtype: that the layers are run in.
     """
 
     def __init__(
         self,
         config: FalconConfig,
-        embedding: Float[np.ndarray, "V D"],
+        embedding: QuantizedWeight,
         token_ids: Int32[np.ndarray, "R T"],
         weights: str,
+        dtype: np.dtype,
     ):
         self._config = config
         self._weights = weights
-        self._dtype = embedding.dtype
+        self._dtype = dtype
         most = max(1, _BATCH_TOKENS // token_ids.shape[1])
         num_rows = next(size for size in range(most, 0, -1) if len(token_ids) % size == 0)
-        self._batches = [embedding[rows] for rows in np.split(token_ids, len(token_ids) // num_rows)]
+        table = QuantizedWeight(*map(jnp.asarray, embedding))
+        batches = np.split(token_ids, len(token_ids) // num_rows)
+        self._batches = [np.asarray(_token_vectors(table, rows, config.width, dtype)) for rows in batches]
 
     def quantize(self, layer: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rounds a layer's projections, and takes the rows through it.
@@ -147,7 +151,7 @@ class LayerCalibration:
                     params[path] = self._native(path, weight, arrays[path].shape)
                     made |= quantize.named(path, QuantizedWeight(*map(np.asarray, weight)))
         self._advance(layer, params)
-        return {path: array for path, array in arrays.items() if not quantize.is_quantizable(path)} | made
+        return {path: array for path, array in arrays.items() if f"{path}.values" not in made} | made
 
     def skip(self, layer: int, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Takes the rows through a layer that was rounded before.
@@ -158,7 +162,7 @@ class LayerCalibration:
         """
         params = {}
         for path, shape in shapes.items():
-            if quantize.is_quantizable(path):
+            if quantize.form_of(path, self._weights) != "native":
                 weight = QuantizedWeight(*(jnp.asarray(arrays[f"{path}.{part}"]) for part in QuantizedWeight._fields))
                 params[path] = self._native(path, weight, shape)
             else:
@@ -193,6 +197,13 @@ class LayerCalibration:
 
 def _tree(layer: int, params: Mapping[str, Array]) -> Params:
     return unflatten(params)["layers"][layer]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _token_vectors(
+    table: QuantizedWeight, token_ids: Int32[Array, "R T"], width: int, dtype: np.dtype
+) -> Float[Array, "R T D"]:
+    return output_rows(table, token_ids)[..., :width].astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -44,6 +44,7 @@ from falcon_jax.checkpoint.manifest import (
 from falcon_jax.config import FalconConfig
 from falcon_jax.errors import CheckpointError
 from falcon_jax.model import quantize
+from pallas_kernels.quantized_matmul import QuantizedWeight
 
 # Small tensors are written together: a write costs about 20 ms whatever its size.
 GROUP_BYTES = 16 << 20
@@ -74,7 +75,8 @@ def convert(
       destination: a folder to make; it may exist if it is empty or holds this conversion, interrupted.
       dtype: "float16", "bfloat16" or "float32"; None keeps what is stored.
       weights: "native", or "int8" or "int4" for the blocks' projections (pallas_kernels/quantized_matmul/formats.py),
-        each rounded to the nearest unless there is calibration; all else stays in `dtype`.
+        with either of which embedding and head have 8 bits. Each is rounded to the nearest, projections unless there is
+        calibration; all else stays in `dtype`.
       calibration: a UTF-8 text file like what the model is to read, a few MB of it. Weights of few bits are then found
         so that the products on this text stay what they were (GPTQ: pallas_kernels/quantized_matmul/calibrated.py),
         on the default device; the source must have a tokenizer.
@@ -328,9 +330,12 @@ def _convert_layers(
             for path, array in entry.from_hf(tensors.read(entry.hf_name), dtype).items()
         }
 
-    embedding = read(entry for entry in plan.entries if entry.parts[0].path == "embed.weight")["embed.weight"]
-    text = LayerCalibration(plan.config, embedding, token_ids, weights)
-    del embedding
+    [name] = [entry.hf_name for entry in plan.entries if entry.parts[0].path == quantize.EMBEDDING]
+    stored = work.read([name])
+    embedding = QuantizedWeight(*(stored[f"{quantize.EMBEDDING}.{part}"] for part in QuantizedWeight._fields))
+    computed_in = dtype or hf_files.parameter_dtype(tensors.tensors[name])
+    text = LayerCalibration(plan.config, embedding, token_ids, weights, computed_in)
+    del stored, embedding
     for layer, entries in enumerate(layers):
         if not unfinished[layer]:
             shapes = {part.path: part.shape for entry in entries for part in entry.parts}

@@ -75,7 +75,7 @@ class Engine:
         self.params = params
         self.max_cache_tokens = max_cache_tokens
         self.max_cache_bytes = max_cache_bytes
-        self.dtype: jnp.dtype = params["embed"]["weight"].dtype
+        self.dtype: jnp.dtype = params["final_norm"]["scale"].dtype
         self._memories: dict[int, peers.Memory] = {}  # by the rows that they have room for
         # Never empty, so that a model without an end-of-text token needs no code of its own.
         self.eos_token_ids = np.array(config.eos_token_ids or (-1,), np.int32)

@@ -16,14 +16,22 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from falcon_jax.config import FalconConfig
-from falcon_jax.model import stages
+from falcon_jax.model import quantize, stages
 from falcon_jax.model.attention import Attention
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.embedding import Embedding, gathered
-from falcon_jax.model.linear import LayerNorm, Linear, apart, apart_backward, multiply
+from falcon_jax.model.linear import LayerNorm, Linear, Quantized, apart, apart_backward, multiply
 from falcon_jax.model.peers import Peers
 from falcon_jax.model.step import ForwardOptions, Step, spans
-from pallas_kernels.quantized_matmul import exact_gelu
+from pallas_kernels.quantized_matmul import (
+    Product,
+    QuantizedWeight,
+    dequantize,
+    exact_gelu,
+    project,
+    quantized_matmul,
+    size_of,
+)
 
 __all__ = ["FalconDecoder", "ForwardOptions"]
 
@@ -78,42 +86,84 @@ class Block(nnx.Module):
 
 
 class Ends(nnx.Module):
-    """What is before and after the blocks: embedding, final norm and head. Built without arrays, as FalconDecoder."""
+    """What is before and after the blocks: embedding, final norm and head. Built without arrays, as FalconDecoder.
 
-    def __init__(self, config: FalconConfig, mesh: Mesh | None):
+    implementation: of a head in few bits, as `quantized_matmul.project` has it.
+    """
+
+    def __init__(
+        self, config: FalconConfig, mesh: Mesh | None, weights: str = "native", implementation: str | None = None
+    ):
         self.config = config
         self.mesh = mesh
-        self.embed = Embedding(config, mesh)
+        self._implementation = implementation
+        self.embed = Embedding(config, mesh, weights)
         self.final_norm = LayerNorm(config.width, epsilon=config.norm_epsilon)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear((config.width,), (config.vocab_size,), bias=False)
+            form = quantize.form_of(quantize.HEAD, weights)
+            self.lm_head = Linear((config.width,), (config.vocab_size,), bias=False, weights=form)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The model's: that of all parameters but weights in few bits."""
+        return self.final_norm.scale.dtype
+
+    def token_vectors(self, token_ids: Int[Array, "B T"], peers: Peers | None = None) -> Float[Array, "B T D"]:
+        """What goes into the first block."""
+        return self.embed(token_ids, self.dtype, None if peers is None else peers.rows)
 
     def logits(self, hidden: Float[Array, "*batch D"], peers: Peers | None = None) -> Float[Array, "*batch V"]:
         """Float32 logits of hidden states: the product in the parameters' dtype with float32 accumulation.
 
-        Where the vocabulary is split over a mesh, so are they; with `peers` all devices have them whole.
+        Where the vocabulary is split over a mesh, so are they; with `peers` all devices have them whole. Not
+        differentiable where the head is in few bits and a kernel takes it; `head` is another way.
         """
         with jax.named_scope("logits"):
-            matrix, is_tied = self.head()
-            made = multiply(hidden, matrix, transposed=is_tied, dtype=jnp.float32)
-            return made if peers is None else gathered(made, self.mesh, peers.logits)
+            head, is_transposed = self._head()
+            if isinstance(head, QuantizedWeight):
+                made = self._logits_of_few_bits(hidden, head)
+            else:
+                made = multiply(hidden, head, transposed=is_transposed, dtype=jnp.float32)
+            if peers is None or not self.embed.is_split:
+                return made
+            return gathered(made, self.mesh, peers.logits)
+
+    def _logits_of_few_bits(self, hidden: Float[Array, "*batch D"], head: QuantizedWeight) -> Float[Array, "*batch V"]:
+        V = self.config.vocab_size
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        # Over axes that split rows, XLA alone knows which rows a device has.
+        if self.mesh is not None and self.mesh.size > size_of(self.mesh):
+            made = quantized_matmul(rows, head, V, dtype="float32", implementation="xla")
+        else:
+            product = Product(rows, head, V, is_split=self.embed.is_split, dtype="float32")
+            [made] = project([product], mesh=self.mesh, implementation=self._implementation)
+        return made.reshape(*hidden.shape[:-1], V)
 
     def head(self) -> tuple[Float[Array, "V D"] | Float[Array, "D V"], bool]:
-        """The matrix of the head, and whether it is [V, D] (the embedding's own) rather than [D, V]."""
+        """The matrix of the head, and whether it is [V, D] (the embedding's own) rather than [D, V]. Of one in few bits
+        what it stands for, in the model's dtype."""
+        head, is_transposed = self._head()
+        if isinstance(head, QuantizedWeight):
+            head = dequantize(head, self.config.width, self.config.vocab_size).astype(self.dtype)
+            return head, False
+        return head, is_transposed
+
+    def _head(self) -> tuple[Array | QuantizedWeight, bool]:
         is_tied = self.config.tie_word_embeddings
-        return (self.embed.weight if is_tied else self.lm_head.weight)[...], is_tied
+        weight = (self.embed if is_tied else self.lm_head).weight
+        return (weight.arrays() if isinstance(weight, Quantized) else weight[...]), is_tied
 
 
 class FalconDecoder(Ends):
     """Embedding, L blocks, final norm and head. Built without arrays; get a working one from `params.bind`.
 
-    weights: what the blocks' projections are stored as, one of quantize.WEIGHTS.
+    weights: what the blocks' projections are stored as, one of quantize.WEIGHTS, which also says what the rest is.
     """
 
     def __init__(
         self, config: FalconConfig, options: ForwardOptions, mesh: Mesh | None = None, weights: str = "native"
     ):
-        super().__init__(config, mesh)
+        super().__init__(config, mesh, weights, "xla" if options.stages == "xla" else None)
         self.options = options
         self.weights = weights
         self.layers = nnx.List([Block(config, weights) for _ in range(config.num_layers)])
@@ -149,9 +199,9 @@ class FalconDecoder(Ends):
         read = None if cache_is_empty else cache
         step = Step.begin(self.config, self.options, T, offsets, ends, read, self.mesh)
 
-        rows = None if peers is None else peers.rows
-        x = self.embed(token_ids, rows)
+        x = self.token_vectors(token_ids, peers)
         if cache is not None and self._takes_stages(B * T, cache_is_empty):
+            rows = None if peers is None else peers.rows
             x, kept = stages.run(self, x, step, cache, self.options.stages, rows)
             keys, values = zip(*kept, strict=True)
             return x, KVCache(keys, values, ends)
@@ -187,7 +237,7 @@ class FalconDecoder(Ends):
         B, T = token_ids.shape
         offsets, ends = spans(None, B, T, None)
         step = Step.begin(self.config, self.options, T, offsets, ends, mesh=self.mesh)
-        x = self.embed(token_ids)
+        x = self.token_vectors(token_ids)
         for block in list(self.layers)[:layer]:
             x, _ = block(x, step, None)
         block = self.layers[layer]

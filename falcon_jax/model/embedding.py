@@ -7,6 +7,7 @@ operations come. Here a row is one sum, in float32 and always in the same order,
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from falcon_jax.config import FalconConfig
-from falcon_jax.model.linear import declare
+from falcon_jax.model import quantize
+from falcon_jax.model.linear import Quantized, declare
 from pallas_kernels.peers import Addresses, add_rows, gather_columns
+from pallas_kernels.quantized_matmul import TILE_OUTPUTS, QuantizedWeight, output_rows
 from pallas_kernels.sharded import HEAD_AXIS, over_axis
 
 # Tokens whose gradients one small product adds up; a multiple of what matrix instructions take.
@@ -29,51 +32,71 @@ class Embedding(nnx.Module):
 
     Where the vocabulary is split over "tensor", each device looks up what it has and the results add up: left to itself
     XLA gathers the whole table. The sum is XLA's, or with `peers` a kernel's.
+
+    Args:
+      weights: what the model's projections are stored as, one of quantize.WEIGHTS. A table of few bits is the weight
+        [width, tokens] of the head that it may be, and is not differentiable.
     """
 
-    def __init__(self, config: FalconConfig, mesh: Mesh | None):
-        self.weight = declare((config.vocab_size, config.width), "normal")
-        self.mesh = mesh
+    def __init__(self, config: FalconConfig, mesh: Mesh | None, weights: str = "native"):
+        V, D = config.vocab_size, config.width
+        form = quantize.form_of(quantize.EMBEDDING, weights)
+        self.weight: Any = declare((V, D), "normal") if form == "native" else Quantized(D, V, form)
+        self.width, self.mesh, self.is_split = D, mesh, is_split(V, mesh, weights)
 
-    def __call__(self, token_ids: Int[Array, "B T"], peers: Addresses | None = None) -> Float[Array, "B T D"]:
-        table = self.weight[...]
-        if not is_split(table.shape[0], self.mesh):
-            return look_up(table, token_ids)
+    def __call__(
+        self, token_ids: Int[Array, "B T"], dtype: DTypeLike, peers: Addresses | None = None
+    ) -> Float[Array, "B T D"]:
+        """dtype: of the vectors."""
+        table = self.weight.arrays() if isinstance(self.weight, Quantized) else self.weight[...]
+
+        def own(table: Array | QuantizedWeight, token_ids: Array) -> Float[Array, "B T D"]:
+            """Zeros for tokens that another device has."""
+            num_rows = _num_rows(table)
+            row = token_ids - jax.lax.axis_index(HEAD_AXIS) * num_rows
+            is_here = (row >= 0) & (row < num_rows)
+            # All others share a row, whose gradient from here is zero.
+            found = self._look_up(table, jnp.where(is_here, row, 0), dtype)
+            return jnp.where(is_here[..., None], found, 0)
+
+        if not self.is_split:
+            return self._look_up(table, token_ids, dtype)
         whole, first = PartitionSpec(), PartitionSpec(HEAD_AXIS)
         if peers is None:
-            found = over_axis(self._of_shard, HEAD_AXIS, self.mesh, (first, whole), whole)
+            found = over_axis(
+                lambda *given: jax.lax.psum(own(*given), HEAD_AXIS), HEAD_AXIS, self.mesh, (first, whole), whole
+            )
             return found(table, token_ids)
 
-        def of_device(table: Array, token_ids: Array, mailboxes: Array) -> Array:
-            rows = self._own(table, token_ids).reshape(-1, table.shape[1])
+        def of_device(table: Array | QuantizedWeight, token_ids: Array, mailboxes: Array) -> Array:
+            rows = own(table, token_ids).reshape(-1, self.width)
             return add_rows(rows, mailboxes.reshape(-1), peers).reshape(*token_ids.shape, -1)
 
         return over_axis(of_device, HEAD_AXIS, self.mesh, (first, whole, first), whole)(table, token_ids, peers.table)
 
-    @staticmethod
-    def _of_shard(table: Float[Array, "rows D"], token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jax.lax.psum(Embedding._own(table, token_ids), HEAD_AXIS)
-
-    @staticmethod
-    def _own(table: Float[Array, "rows D"], token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Zeros for tokens that another device has."""
-        own = token_ids - jax.lax.axis_index(HEAD_AXIS) * table.shape[0]
-        is_here = (own >= 0) & (own < table.shape[0])
-        # All others share a row, whose gradient from here is zero.
-        return jnp.where(is_here[..., None], look_up(table, jnp.where(is_here, own, 0)), 0)
+    def _look_up(
+        self, table: Array | QuantizedWeight, token_ids: Int[Array, "B T"], dtype: DTypeLike
+    ) -> Float[Array, "B T D"]:
+        if isinstance(table, QuantizedWeight):
+            return output_rows(table, token_ids)[..., : self.width].astype(dtype)
+        return look_up(table, token_ids).astype(dtype)
 
 
-def is_split(vocab_size: int, mesh: Mesh | None) -> bool:
-    """Whether a vocabulary lies over the mesh's tensor axis."""
+def _num_rows(table: Array | QuantizedWeight) -> int:
+    """Tokens that a table has; of one in few bits in whole tiles."""
+    return table.values.shape[0] * TILE_OUTPUTS if isinstance(table, QuantizedWeight) else table.shape[0]
+
+
+def is_split(vocab_size: int, mesh: Mesh | None, weights: str) -> bool:
+    """Whether a vocabulary, the embedding's and the head's, lies over the mesh's tensor axis."""
     count = 1 if mesh is None else mesh.shape.get(HEAD_AXIS, 1)
-    return count > 1 and vocab_size % count == 0
+    tile = 1 if weights == "native" else TILE_OUTPUTS
+    return count > 1 and vocab_size % (tile * count) == 0
 
 
 def gathered(logits: Float[Array, "*batch V"], mesh: Mesh | None, peers: Addresses) -> Float[Array, "*batch V"]:
-    """Whole on all devices, by a kernel."""
+    """Logits of a split vocabulary, whole on all devices, by a kernel."""
     V = logits.shape[-1]
-    if not is_split(V, mesh):
-        return logits
 
     def of_device(logits: Array, mailboxes: Array) -> Array:
         return gather_columns(logits, mailboxes.reshape(-1), peers)

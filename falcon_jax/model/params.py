@@ -53,8 +53,8 @@ def init(
 ) -> Params:
     """Random parameters: weights normal with the configured standard deviation, norms one, biases zero.
 
-    Each array is made on its device, laid out over `mesh` where one is given, in `dtype` from the start; projections
-    are quantized one by one where `weights` says so, from the numbers that they would have without.
+    Each array is made on its device, laid out over `mesh` where one is given, in `dtype` from the start; weights are
+    quantized one by one where `weights` says so, from the numbers that they would have without.
     """
     kinds = {path: param.init for path, param in _walk_declared(config, "native")}
     leaves, made = list(enumerate(flatten(abstract(config, dtype)).items())), {}
@@ -67,8 +67,9 @@ def init(
 
 
 def weights_of(params: Params) -> str:
-    """What the blocks' projections of a tree are stored as, one of quantize.WEIGHTS."""
-    found = (leaf for path, leaf in _walk(params, "") if path.endswith(".weight.values"))
+    """What the blocks' projections of a tree, or of a block's, are stored as, one of quantize.WEIGHTS."""
+    ends = (quantize.EMBEDDING, quantize.HEAD)  # of 8 bits beside either form
+    found = (leaf for path, leaf in _walk(params, "") if path.endswith(".weight.values") and not path.startswith(ends))
     values = next(found, None)
     return "native" if values is None else QuantizedWeight(values, None).form
 
@@ -110,7 +111,10 @@ def bind_ends(config: FalconConfig, params: Params, mesh: Mesh | None = None) ->
     Raises:
       ValueError: `params` does not hold what `config` describes.
     """
-    return _merged(*_declared_ends(config, mesh), {name: part for name, part in params.items() if name != "layers"})
+    ends = {name: part for name, part in params.items() if name != "layers"}
+    # Beside layers of either form they are the same.
+    weights = "int8" if f"{quantize.EMBEDDING}.values" in flatten(ends) else "native"
+    return _merged(*_declared_ends(config, mesh, weights), ends)
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -142,8 +146,8 @@ def _declared(config: FalconConfig, options: ForwardOptions, mesh: Mesh | None, 
 
 
 @functools.lru_cache(maxsize=64)
-def _declared_ends(config: FalconConfig, mesh: Mesh | None) -> tuple[Any, Any]:
-    return nnx.split(Ends(config, mesh))
+def _declared_ends(config: FalconConfig, mesh: Mesh | None, weights: str) -> tuple[Any, Any]:
+    return nnx.split(Ends(config, mesh, weights))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,8 +1,11 @@
 """Which parameters have a form of 8 or 4 bits, and how a tree with them is made of one without.
 
-Those of the blocks' projections do: nearly all bytes that a decoding step reads. Embedding, head, norms and biases
-keep the model's dtype. A quantized weight at path p is two arrays, p.values and p.scales, tiles of a matrix whose rows
-are the projection's inputs, all of them, and whose columns its outputs (pallas_kernels/quantized_matmul/formats.py).
+The blocks' projections have the form that is asked for. Embedding and head have 8 bits beside either: in 4, or in the
+model's dtype, a step would gain little or lose 2 % (benchmarks/LOG.md). Norms and biases keep the model's dtype.
+
+A quantized weight at path p is two arrays, p.values and p.scales, tiles of a matrix [inputs, outputs]
+(pallas_kernels/quantized_matmul/formats.py). Of a projection the rows are all its inputs and the columns its outputs;
+of the embedding the columns are the tokens, as of the head, which it may be.
 """
 
 import functools
@@ -20,6 +23,7 @@ from pallas_kernels.quantized_matmul import FORMS, TILE_OUTPUTS, QuantizedWeight
 from pallas_kernels.quantized_matmul.formats import GROUP
 
 WEIGHTS = ("native", *FORMS)
+EMBEDDING, HEAD = "embed.weight", "lm_head.weight"
 _PROJECTION = re.compile(r"layers\.\d+\.(attention\.(query|key|value|output)|mlp\.(up|down))\.weight")
 # Of a host's array at a time, whole tiles: what is computed in float32 stays small beside the tensor.
 _HOST_COLUMNS = 4 * TILE_OUTPUTS
@@ -32,19 +36,30 @@ def require_weights(weights: str) -> str:
     return weights
 
 
-def is_quantizable(path: str) -> bool:
-    """Whether the parameter at that path of a native tree is stored in few bits by the other kinds of weights."""
-    return _PROJECTION.fullmatch(path) is not None
+def form_of(path: str, weights: str) -> str:
+    """What the parameter at that path of a native tree is stored as in one with such weights: "native" or a form."""
+    if weights == "native":
+        return "native"
+    if path in (EMBEDDING, HEAD):
+        return "int8"
+    return weights if _PROJECTION.fullmatch(path) else "native"
 
 
 def matrix_shape(path: str, shape: Sequence[int]) -> tuple[int, int]:
-    """Inputs and outputs of a projection's weight [*inputs, *outputs]."""
+    """Inputs and outputs of a native weight: [*inputs, *outputs], or the embedding's [tokens, width]."""
+    if path == EMBEDDING:
+        return shape[1], shape[0]
     first_output = _num_input_axes(path)
     return math.prod(shape[:first_output]), math.prod(shape[first_output:])
 
 
 def _num_input_axes(path: str) -> int:
     return 2 if path.endswith("attention.output.weight") else 1
+
+
+def _matrix(array: Any, shape: tuple[int, int], is_transposed: bool) -> Any:
+    """A native weight as a matrix of that shape."""
+    return array.T if is_transposed else array.reshape(shape)
 
 
 def named(path: str, weight: QuantizedWeight) -> dict[str, Any]:
@@ -54,9 +69,10 @@ def named(path: str, weight: QuantizedWeight) -> dict[str, Any]:
 
 def described(path: str, shape: Sequence[int], dtype: Any, weights: str) -> dict[str, jax.ShapeDtypeStruct]:
     """What becomes of one native parameter: itself, or the arrays of its quantized form."""
-    if weights == "native" or not is_quantizable(path):
+    form = form_of(path, weights)
+    if form == "native":
         return {path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))}
-    return named(path, storage(weights, *matrix_shape(path, shape)))
+    return named(path, storage(form, *matrix_shape(path, shape)))
 
 
 def layouts(path: str, shape: Sequence[int], weights: str, mesh: Mesh | None) -> dict[str, NamedSharding | None]:
@@ -64,14 +80,15 @@ def layouts(path: str, shape: Sequence[int], weights: str, mesh: Mesh | None) ->
 
     Arrays of few bits lie as the native weight would, heads whole, as far as each device then has whole tiles.
     """
-    if weights == "native" or not is_quantizable(path):
+    form = form_of(path, weights)
+    if form == "native":
         return {path: None if mesh is None else sharding.param_sharding(path, shape, mesh)}
-    parts = storage(weights, *matrix_shape(path, shape))
+    parts = storage(form, *matrix_shape(path, shape))
     if mesh is None:
         return named(path, QuantizedWeight(None, None))
     axes = sharding.axes_by_dimension(sharding.param_sharding(path, shape, mesh).spec)
     # Of each side of the matrix the first dimension alone is ever split: heads, not what is in them.
-    inputs, outputs = axes[0], axes[_num_input_axes(path)]
+    inputs, outputs = (axes[1], axes[0]) if path == EMBEDDING else (axes[0], axes[_num_input_axes(path)])
     of_tiles = [
         () if size % (tile * math.prod(mesh.shape[axis] for axis in over)) else over
         for size, tile, over in zip(matrix_shape(path, shape), (GROUP, TILE_OUTPUTS), (inputs, outputs), strict=True)
@@ -84,22 +101,24 @@ def layouts(path: str, shape: Sequence[int], weights: str, mesh: Mesh | None) ->
 
 def on_device(path: str, array: jax.Array, weights: str, layouts: Mapping[str, Any]) -> dict[str, jax.Array]:
     """A native parameter's arrays by path, quantized where it lies and laid out as `layouts` says of those paths."""
-    if weights == "native" or not is_quantizable(path):
+    form = form_of(path, weights)
+    if form == "native":
         return {path: array}
     wanted = QuantizedWeight(*(layouts[f"{path}.{name}"] for name in QuantizedWeight._fields))
-    return named(path, _quantizer(weights, matrix_shape(path, array.shape), wanted)(array))
+    return named(path, _quantizer(form, matrix_shape(path, array.shape), path == EMBEDDING, wanted)(array))
 
 
 def on_host(path: str, array: np.ndarray, weights: str) -> dict[str, np.ndarray]:
     """The same for a host's array, some columns at a time on a CPU device."""
-    if weights == "native" or not is_quantizable(path):
+    form = form_of(path, weights)
+    if form == "native":
         return {path: array}
-    matrix = array.reshape(matrix_shape(path, array.shape))
-    made = QuantizedWeight(*(np.empty(part.shape, part.dtype) for part in storage(weights, *matrix.shape)))
+    matrix = _matrix(array, matrix_shape(path, array.shape), path == EMBEDDING)
+    made = QuantizedWeight(*(np.empty(part.shape, part.dtype) for part in storage(form, *matrix.shape)))
     cpu = jax.local_devices(backend="cpu")[0]
     for first in range(0, matrix.shape[1], _HOST_COLUMNS):
         columns = np.ascontiguousarray(matrix[:, first : first + _HOST_COLUMNS])
-        part = quantize(jax.device_put(columns, cpu), weights)
+        part = quantize(jax.device_put(columns, cpu), form)
         tile = first // TILE_OUTPUTS
         for whole, some in zip(made, part, strict=True):
             whole[tile : tile + len(some)] = np.asarray(some)
@@ -107,5 +126,5 @@ def on_host(path: str, array: np.ndarray, weights: str) -> dict[str, np.ndarray]
 
 
 @functools.lru_cache(maxsize=64)
-def _quantizer(weights: str, shape: tuple[int, int], layouts: QuantizedWeight):
-    return jax.jit(lambda array: quantize(array.reshape(shape), weights), out_shardings=layouts)
+def _quantizer(form: str, shape: tuple[int, int], is_transposed: bool, layouts: QuantizedWeight):
+    return jax.jit(lambda array: quantize(_matrix(array, shape, is_transposed), form), out_shardings=layouts)

@@ -86,7 +86,7 @@ def reason_against(decoder: FalconDecoder, num_tokens: int) -> str | None:
         of_device = ("mlp.up", "attention.query", "attention.key")
         sizes = [size // mesh.size if split[name] else size for size, name in zip(sizes, of_device, strict=True)]
     reason = compat.mosaic_reason(mesh)
-    return reason or quantized_matmul.reason_against(num_tokens, [config.width, *sizes], decoder.embed.weight.dtype)
+    return reason or quantized_matmul.reason_against(num_tokens, [config.width, *sizes], decoder.dtype)
 
 
 def _split(decoder: FalconDecoder) -> dict[str, bool]:

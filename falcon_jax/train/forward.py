@@ -54,7 +54,7 @@ class Forward:
         return dataclasses.replace(step, starts=starts, dropout_keys=keys)
 
     def embed(self, ends: Params, tokens: Integer[Array, "R T"]) -> Float[Array, "R T D"]:
-        return self.spread(model_params.bind_ends(self.config, ends, self.mesh).embed(tokens))
+        return self.spread(model_params.bind_ends(self.config, ends, self.mesh).token_vectors(tokens))
 
     def layer(
         self,

@@ -1,7 +1,7 @@
 """A training step for low-rank adapters beside a frozen model.
 
 The state is that of step.py with adapters where weights are: float32 adapters, their moments, the step's number. The
-model is another argument, which is neither donated nor copied nor cast: bfloat16 or float32, its projections also in 8
+model is another argument, which is neither donated nor copied nor cast: bfloat16 or float32, its weights also in 8
 or 4 bits (model/quantize.py). No product of the step has a frozen weight's gradient as its result.
 
 Over a mesh the model lies as one that is served (sharding.PARAMETER_TABLE) and XLA splits all of the step. There is no
@@ -62,7 +62,7 @@ class AdaptedModel:
         """
         config = dataclasses.replace(self.config, hidden_dropout=self.options.dropout)
         decoder = model_params.bind(config, frozen, self.forward, self.mesh)
-        found, asked = decoder.embed.weight[...].dtype, self.options.compute_dtype
+        found, asked = decoder.dtype, self.options.compute_dtype
         if found != jnp.dtype(asked):
             raise ConfigError(
                 f"the frozen model is {found}, and compute_dtype {asked!r}: load it as the one to compute in"
@@ -74,7 +74,7 @@ class AdaptedModel:
     ) -> Float[Array, "R T D"]:
         """Normalized final hidden states. keys: each row's, for dropout."""
         run = Forward(decoder.config, self.forward, self.mesh, self.options.separator, splits_sequence=False)
-        step, x = run.begin(tokens, keys), decoder.embed(tokens)
+        step, x = run.begin(tokens, keys), decoder.token_vectors(tokens)
         for number, block in enumerate(decoder.layers):
             if keys is not None:
                 folded = jax.vmap(jax.random.fold_in, (0, None))(keys, number)

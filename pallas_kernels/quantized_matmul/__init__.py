@@ -8,6 +8,7 @@ from pallas_kernels.quantized_matmul.formats import (
     TILE_OUTPUTS,
     QuantizedWeight,
     dequantize,
+    output_rows,
     quantize,
     storage,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "dequantize",
     "exact_gelu",
     "in_eights",
+    "output_rows",
     "project",
     "quantize",
     "quantize_calibrated",

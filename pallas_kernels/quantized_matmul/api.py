@@ -29,7 +29,12 @@ from pallas_kernels.rotary import rotate
 
 
 def quantized_matmul(
-    x: Float[Array, "*rows I"], weight: QuantizedWeight, num_outputs: int, *, implementation: str | None = None
+    x: Float[Array, "*rows I"],
+    weight: QuantizedWeight,
+    num_outputs: int,
+    *,
+    dtype: str | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*rows O"]:
     """x times a weight of 8 or 4 bits (formats.py), added up in float32.
 
@@ -37,17 +42,18 @@ def quantized_matmul(
 
     Args:
       num_outputs: O, which the weight's tiles tell only up to a multiple of 64.
+      dtype: of the result: None for x's, or "float32".
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None: "xla", which alone is differentiable and takes
         arrays that lie on several devices.
 
     Returns:
-      [..., O] in x's dtype.
+      [..., O].
 
     Raises:
-      ValueError: arrays that are no weight [I, O], or an unknown `implementation`.
+      ValueError: arrays that are no weight [I, O], another dtype, or an unknown `implementation`.
       NotImplementedError: the named implementation cannot take these arguments.
     """
-    return project([Product(x, weight, num_outputs)], implementation=implementation or "xla")[0]
+    return project([Product(x, weight, num_outputs, dtype=dtype)], implementation=implementation or "xla")[0]
 
 
 def project(
@@ -72,7 +78,7 @@ def project(
         call.
 
     Returns:
-      [..., O] of each product, in x's dtype; of one with slots those, [S, O].
+      [..., O] of each product; of one with slots those, [S, O].
 
     Raises:
       ValueError: a weight that does not fit its x, x that is not of these moments, no multiprocessor for the kernel, or
@@ -122,9 +128,11 @@ def _as_floats(x: Any) -> Array:
 def _project_xla(product: Product) -> Array:
     x = product.x
     if isinstance(product.weight, QuantizedWeight):
-        y = matmul_xla(x, product.weight, product.num_outputs)
+        y = matmul_xla(x, product.weight, product.num_outputs, product.out_dtype)
     else:
-        y = lax.dot_general(x, product.weight, (((x.ndim - 1,), (0,)), ((), ())))
+        y = lax.dot_general(
+            x, product.weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=product.out_dtype
+        )
     if product.bias is not None:
         y = y + product.bias
     if product.activation == "gelu":

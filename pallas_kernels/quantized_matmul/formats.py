@@ -142,6 +142,26 @@ def dequantize_transposed(weight: QuantizedWeight) -> Float[Array, "outputs inpu
     return (groups * scales.swapaxes(1, 2)[..., None]).reshape(codes.shape)
 
 
+def output_rows(weight: QuantizedWeight, outputs: Int[Array, "*any"]) -> Float[Array, "*any inputs"]:
+    """What an int8 weight stands for in some outputs' columns, as rows in float32: [..., 128 P], zeros past its inputs.
+
+    Raises:
+      ValueError: a weight of another form.
+    """
+    if weight.form != "int8":
+        raise ValueError(f"output_rows takes a weight of 'int8', not {weight.form!r}")
+    Q, P, _ = weight.values.shape
+    words = weight.values.reshape(Q, P, 4, 4, 8, 4, 2, 2)  # Q P S W g q s r
+    flat = outputs.reshape(-1)
+    tile, place = flat // TILE_OUTPUTS, flat % TILE_OUTPUTS
+    W, r, g = place // 16, place // 8 % 2, place % 8
+    found = words[tile, :, :, W, g, :, :, r]  # [outputs, P, S, q, s]
+    codes = _codes(found, _CODINGS["int8"]).reshape(*found.shape, 2, 2)  # a word's are h and e
+    codes = codes.transpose(0, 1, 2, 4, 5, 3, 6).reshape(len(flat), P * GROUP)  # inputs go by P S s h q e
+    rows = codes.astype(jnp.float32) * weight.scales.reshape(-1)[flat][:, None]
+    return rows.reshape(*outputs.shape, P * GROUP)
+
+
 def pack(codes: Num[Array, "outputs inputs"], form: str) -> Int[Array, "Q P words"]:
     """The words of whole tiles of a form's codes [64 Q, 128 P]."""
     coding = _CODINGS[form]
@@ -157,9 +177,7 @@ def unpack(values: Int[Array, "Q P words"]) -> Int[Array, "outputs inputs"]:
     """`pack`'s inverse: int32 codes [64 Q, 128 P]. XLA fuses all of it, and what follows up to a product, into one
     kernel."""
     coding, tiles = _CODINGS[_form_of(values)], values.shape[:2]
-    bits = lax.bitcast_convert_type(values, jnp.uint32)[..., None] >> _places(coding)
-    codes = (bits & (2**coding.bits - 1)).astype(jnp.int32) - coding.bias
-    ordered = _reordered(codes, coding, tiles, coding.order, _IN_MATRIX)
+    ordered = _reordered(_codes(values, coding), coding, tiles, coding.order, _IN_MATRIX)
     return ordered.reshape(tiles[0] * TILE_OUTPUTS, tiles[1] * GROUP)
 
 
@@ -173,6 +191,12 @@ def _form_of(values: Any) -> str:
     if len(values.shape) != 3 or values.shape[2] not in forms:
         raise ValueError(f"values are {values.shape}; the last of their three axes is {' or '.join(map(str, forms))}")
     return forms[values.shape[2]]
+
+
+def _codes(words: Int[Array, "*any"], coding: _Coding) -> Int[Array, "*any codes"]:
+    """Those in each word, from the lowest bits up."""
+    bits = lax.bitcast_convert_type(words, jnp.uint32)[..., None] >> _places(coding)
+    return (bits & (2**coding.bits - 1)).astype(jnp.int32) - coding.bias
 
 
 def _places(coding: _Coding) -> Array:

@@ -59,7 +59,7 @@ def _launch(
     plan = launch.plan
     # Where a result goes into slots, they are an argument that the kernel writes to.
     out_types = [
-        jax.ShapeDtypeStruct((num_rows, product.num_outputs), product.x.dtype)
+        jax.ShapeDtypeStruct((num_rows, product.num_outputs), product.out_dtype)
         for product in products
         if product.slots is None
     ]
@@ -227,7 +227,7 @@ class _Epilogue:
             parts = {(0, HALF): one * cos - other * sin, (HALF, HALF): other * cos + one * sin}
         if product.slots is None:
             for (start, size), y in parts.items():
-                store(self.outs[k].at[:, pl.ds(first + start, size)], y.astype(self.dtype))
+                store(self.outs[k].at[:, pl.ds(first + start, size)], y.astype(product.out_dtype))
             return
         tile = self.smem["tile"]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this warpgroup's tile before
@@ -253,7 +253,7 @@ class _Epilogue:
         if self.norm is not None:
             scale, shift = (stream.gathered(number, half, row) for row in stream.affine_rows)
             y = self.norm.end(y, scale, shift, layout)
-        y = y.astype(self.dtype)
+        y = y.astype(self.products[k].out_dtype)
         if self.given[k]["bias"] is not None:
             y = y + over_rows(load(self.smem["bias"].at[outputs], layout.reduce(0)), y.shape)
         y = y.astype(jnp.float32)

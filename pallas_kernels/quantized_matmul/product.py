@@ -22,7 +22,7 @@ SIDE = 64  # inputs and outputs come in multiples of it
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """activation(x @ weight + bias): [..., O] in x's dtype.
+    """activation(x @ weight + bias): [..., O].
 
     x: [..., I], or [8, I] as IntegerRows for weights of this form. Of rows that these lack anything comes out.
     weight: [I, O], or a QuantizedWeight of as many.
@@ -33,6 +33,7 @@ class Product:
     slots: None, or where the result goes instead, into an array [S, O] in x's dtype that the caller gives up: each
       row's place in it, int32 [rows], S or more for none. Rows of x past these places are dropped.
     is_split: on a mesh, whether the outputs, with those of the weight and of slots, lie over its tensor axis.
+    dtype: what the sums, added up in float32, are rounded to: x's, or "float32" where nothing else is done to them.
     """
 
     x: Any
@@ -43,14 +44,25 @@ class Product:
     rotary: tuple[Any, Any] | None = None
     slots: tuple[Any, Any] | None = None
     is_split: bool = dataclasses.field(default=False, metadata={"static": True})
+    dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def num_rows(self) -> int:
         return math.prod(self.x.shape[:-1])
 
+    @property
+    def out_dtype(self) -> Any:
+        return jnp.dtype(self.dtype or self.x.dtype)
+
     def check(self, caller: str) -> None:
         """Raises ValueError, in the name of `caller`, where the weight or the bias does not fit x."""
         x, weight, num_outputs, num_rows = self.x, self.weight, self.num_outputs, self.num_rows
+        more = (self.bias, self.activation, self.rotary, self.slots)
+        if self.out_dtype != x.dtype and (self.dtype != "float32" or any(one is not None for one in more)):
+            raise ValueError(
+                f"{caller}: results of {self.dtype} for x of {x.dtype}; bare products alone come in another dtype, in "
+                "float32"
+            )
         if isinstance(x, IntegerRows) and x.form != form_of(weight):
             raise ValueError(f"{caller}: x as integers for weights of {x.form!r} with one of {form_of(weight)!r}")
         if self.rotary is not None and (
@@ -108,6 +120,8 @@ def reason_against_products(products: Sequence[Product]) -> str | None:
             return f"it takes x and weights of one dtype, not {product.x.dtype} and {product.weight.dtype}"
         if product.num_rows > MAX_ROWS and (product.rotary is not None or product.slots is not None):
             return f"it rotates and fills slots with up to {MAX_ROWS} rows, not {product.num_rows}"
+        if product.num_rows > MAX_ROWS and product.out_dtype != product.x.dtype:
+            return f"its results are of another dtype than x with up to {MAX_ROWS} rows, not {product.num_rows}"
         sizes = product.x.shape[-1], product.num_outputs
         if (reason := reason_against(product.num_rows, sizes, product.x.dtype)) is not None:
             return reason

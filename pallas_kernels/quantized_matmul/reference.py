@@ -5,11 +5,13 @@ y[r, o] = sum_i x[r, i] w[i, o], w as in formats.py
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from pallas_kernels.quantized_matmul.formats import QuantizedWeight, dequantize, dequantize_transposed, unpack
@@ -22,7 +24,9 @@ def matmul_reference(x: Float[Array, "*rows I"], weight: QuantizedWeight, num_ou
     return y.astype(x.dtype)
 
 
-def matmul_xla(x: Float[Array, "*rows I"], weight: QuantizedWeight, num_outputs: int) -> Float[Array, "*rows O"]:
+def matmul_xla(
+    x: Float[Array, "*rows I"], weight: QuantizedWeight, num_outputs: int, dtype: DTypeLike | None = None
+) -> Float[Array, "*rows O"]:
     """Codes in x's dtype, which holds them exactly, are the operands of one product (int8); weights rounded to x's
     dtype are (int4), since a product for each group would keep all its sums.
 
@@ -30,29 +34,36 @@ def matmul_xla(x: Float[Array, "*rows I"], weight: QuantizedWeight, num_outputs:
     a second model in memory. So would a gradient that kept what was unpacked: it is unpacked again for it.
 
     Differentiable in x, and in that alone: the weight is a constant, whose gradient comes out as zero.
+
+    dtype: of the result; None for x's.
     """
-    return _matmul(x, weight, (x.shape[-1], num_outputs))
+    return _matmul(x, weight, (x.shape[-1], num_outputs), (x.dtype, jnp.dtype(dtype or x.dtype)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: Array, weight: QuantizedWeight, sizes: tuple[int, int]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x: Array, weight: QuantizedWeight, sizes: tuple[int, int], dtypes: tuple[Any, Any]) -> Array:
+    """dtypes: x's and the result's."""
     x, values = lax.optimization_barrier((x, weight.values))
     w, scales = _operands(QuantizedWeight(values, weight.scales), sizes)
     y = _product(x, w, over=1)
-    return (y if scales is None else y * scales).astype(x.dtype)
+    return (y if scales is None else y * scales).astype(dtypes[1])
 
 
-def _matmul_forward(x: Array, weight: QuantizedWeight, sizes: tuple[int, int]) -> tuple[Array, QuantizedWeight]:
-    return _matmul(x, weight, sizes), weight
+def _matmul_forward(
+    x: Array, weight: QuantizedWeight, sizes: tuple[int, int], dtypes: tuple[Any, Any]
+) -> tuple[Array, QuantizedWeight]:
+    return _matmul(x, weight, sizes, dtypes), weight
 
 
-def _matmul_backward(sizes: tuple[int, int], weight: QuantizedWeight, dy: Array) -> tuple[Array, QuantizedWeight]:
-    """dx = dy w^T, rounded to the same dtype as y."""
+def _matmul_backward(
+    sizes: tuple[int, int], dtypes: tuple[Any, Any], weight: QuantizedWeight, dy: Array
+) -> tuple[Array, QuantizedWeight]:
+    """dx = dy w^T, rounded to x's dtype, in which dy is multiplied."""
     dy, values = lax.optimization_barrier((dy, weight.values))
     w, scales = _operands(QuantizedWeight(values, weight.scales), sizes)
-    scaled = dy if scales is None else (dy.astype(jnp.float32) * scales).astype(dy.dtype)
+    scaled = (dy if scales is None else dy.astype(jnp.float32) * scales).astype(dtypes[0])
     nothing = QuantizedWeight(np.zeros(values.shape, jax.dtypes.float0), jnp.zeros_like(weight.scales))
-    return _product(scaled, w, over=0).astype(dy.dtype), nothing
+    return _product(scaled, w, over=0).astype(dtypes[0]), nothing
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

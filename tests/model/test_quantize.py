@@ -13,9 +13,9 @@ from falcon_jax.checkpoint import CheckpointError, load
 from falcon_jax.checkpoint.manifest import Manifest
 from falcon_jax.model import params as model_params
 from falcon_jax.model import quantize
-from pallas_kernels.quantized_matmul import FORMS, QuantizedWeight, dequantize
+from pallas_kernels.quantized_matmul import FORMS
 from tests import hf_models
-from tests.models import random_params, tiny
+from tests.models import native_again, random_params, tiny
 from tests.thorough import thorough
 
 VARIANTS = ("falcon-rw-1b", "falcon-7b", "falcon-40b", "falcon2-11b", "falcon-40b-alibi")
@@ -28,18 +28,6 @@ def quantized(params, weights):
     for path, leaf in model_params.flatten(params).items():
         made |= quantize.on_host(path, np.asarray(leaf), weights)
     return jax.tree.map(jnp.asarray, model_params.unflatten(made))
-
-
-def native_again(params, config, dtype="float32"):
-    """The native tree of the numbers that a quantized one stands for."""
-    leaves, made = model_params.flatten(params), {}
-    for path, leaf in model_params.flatten(model_params.abstract(config, dtype)).items():
-        if path in leaves:
-            made[path] = leaves[path]
-        else:
-            weight = QuantizedWeight(leaves[f"{path}.values"], leaves[f"{path}.scales"])
-            made[path] = dequantize(weight, *quantize.matrix_shape(path, leaf.shape)).reshape(leaf.shape)
-    return model_params.unflatten(made)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +78,22 @@ UP_AND_DOWN = {
 }
 
 
-@pytest.mark.parametrize(("weights", "width"), [("int8", 64), ("int4", 256), *thorough([("int8", 256), ("int4", 64)])])
-def test_a_mesh_changes_nothing(weights, width, cpu_devices):
-    config = tiny("falcon-40b", width=width, mlp_width=4 * width, initializer_range=0.1)
+# The vocabulary is over the tensor axis where its tiles divide by two.
+@pytest.mark.parametrize(
+    ("weights", "width", "vocab_size"),
+    [("int8", 64, 256), ("int4", 256, 100), *thorough([("int8", 256, 200), ("int4", 64, 128)])],
+)
+def test_a_mesh_changes_nothing(weights, width, vocab_size, cpu_devices):
+    config = tiny("falcon-40b", width=width, mlp_width=4 * width, initializer_range=0.1, vocab_size=vocab_size)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=cpu_devices)
     key = jax.random.key(3)
     with jax.default_device(cpu_devices[0]):
         plain = falcon_jax.Falcon.from_config(config, key=key, dtype="float32", weights=weights)
         spread = falcon_jax.Falcon.from_config(config, key=key, dtype="float32", weights=weights, mesh=mesh)
+        table = spread.params["embed"]["weight"]["values"]
+        num_tiles = -(-vocab_size // 64)
+        split = 2 if vocab_size % 128 == 0 else 1
+        assert table.sharding.shard_shape(table.shape)[0] == num_tiles // split
         for name, (tiles, tiles_of_a_device) in UP_AND_DOWN[width].items():
             values = spread.params["layers"][0]["mlp"][name]["weight"]["values"]
             assert values.shape[:2] == tiles

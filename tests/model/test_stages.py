@@ -35,7 +35,7 @@ def through_stages(config, params, cache, ids, num_tokens, implementation, optio
     decoder = model_params.bind(config, params, options)
     offsets, ends = spans(cache, ids.shape[0], ids.shape[1], num_tokens)
     step = Step.begin(config, options, ids.shape[1], offsets, ends, cache)
-    return stages.run(decoder, decoder.embed(ids), step, cache, implementation)
+    return stages.run(decoder, decoder.token_vectors(ids), step, cache, implementation)
 
 
 @functools.partial(jax.jit, static_argnames="config")

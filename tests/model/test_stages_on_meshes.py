@@ -24,7 +24,7 @@ def through_stages(config, params, cache, ids, mesh):
     decoder = model_params.bind(config, params, ForwardOptions(), mesh)
     offsets, ends = spans(cache, ids.shape[0], ids.shape[1], None)
     step = Step.begin(config, ForwardOptions(), ids.shape[1], offsets, ends, cache, mesh)
-    return stages.run(decoder, decoder.embed(ids), step, cache, "xla")
+    return stages.run(decoder, decoder.token_vectors(ids), step, cache, "xla")
 
 
 def of_size(name: str, head_dim: int):

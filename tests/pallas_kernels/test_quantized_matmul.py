@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized_matmul import FORMS, QuantizedWeight, dequantize, quantize, quantized_matmul, storage
+from pallas_kernels.quantized_matmul import (
+    FORMS,
+    Product,
+    QuantizedWeight,
+    dequantize,
+    output_rows,
+    project,
+    quantize,
+    quantized_matmul,
+    storage,
+)
 from pallas_kernels.quantized_matmul.formats import dequantize_transposed, pack, unpack
 from pallas_kernels.quantized_matmul.reference import matmul_reference
 from tests.pallas_kernels.tolerance import require_close
@@ -110,6 +120,47 @@ def test_products(form, shape, dtype, rows):
         np.testing.assert_allclose(made, exact, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(exact))))
     else:
         require_close(made, plain, exact)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_results_may_be_float32_where_x_is_not(form):
+    weight = quantize(jnp.asarray(normal(200, 24)), form)
+    x = jnp.asarray(normal(3, 200, seed=1), "bfloat16")
+    made = quantized_matmul(x, weight, 24, dtype="float32")
+    assert made.dtype == jnp.float32
+    # As the weight is multiplied: its codes, or what is rounded to x's dtype.
+    plain = dequantize(weight, 200, 24)
+    plain = plain if form == "int8" else plain.astype(x.dtype).astype(jnp.float32)
+    np.testing.assert_allclose(made, x.astype(jnp.float32) @ plain, rtol=1e-5, atol=1e-4)
+    gradient = jax.grad(lambda x: jnp.sum(quantized_matmul(x, weight, 24, dtype="float32") ** 2))(x)
+    assert gradient.dtype == x.dtype
+    expected = 2 * made @ plain.T
+    np.testing.assert_allclose(
+        gradient.astype(jnp.float32), expected, rtol=0, atol=0.02 * float(jnp.abs(expected).max())
+    )
+
+
+def test_results_of_another_dtype_are_bare_products_in_float32():
+    weight, x = quantize(jnp.asarray(normal(64, 64)), "int8"), jnp.zeros((3, 64), "bfloat16")
+    for wrong in (
+        Product(x, weight, 64, dtype="float16"),
+        Product(x, weight, 64, bias=jnp.zeros(64, "bfloat16"), dtype="float32"),
+        Product(x, weight, 64, activation="gelu", dtype="float32"),
+    ):
+        with pytest.raises(ValueError, match="bare products alone come in another dtype, in float32"):
+            project([wrong])
+
+
+@pytest.mark.parametrize("shape", [(200, 70), (4544, 16), (128, 192)])
+def test_rows_of_some_outputs_are_those_of_the_whole_weight(shape):
+    weight = quantize(jnp.asarray(normal(*shape)), "int8")
+    outputs = jnp.asarray(np.random.default_rng(1).integers(0, shape[1], (3, 5)), jnp.int32).at[0, 0].set(shape[1] - 1)
+    made = jax.jit(output_rows)(weight, outputs)
+    assert made.shape == (3, 5, 128 * -(-shape[0] // 128))
+    np.testing.assert_array_equal(made[..., : shape[0]], dequantize(weight, *shape).T[outputs])
+    assert not np.any(made[..., shape[0] :])
+    with pytest.raises(ValueError, match="takes a weight of 'int8', not 'int4'"):
+        output_rows(quantize(jnp.asarray(normal(*shape)), "int4"), outputs)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -21,6 +21,7 @@ from pallas_kernels.rotary import rotate
 from tests.pallas_kernels.interpreted import interpreted
 from tests.pallas_kernels.stage_cases import FORMS, input_stage, normal, product_reference, weight
 from tests.pallas_kernels.tolerance import require_close
+from tests.thorough import thorough
 
 # Form, inputs, outputs of each product, rows, plan: several turns of a block, chunks past the end, more warpgroups.
 INPUT_STAGES = [
@@ -40,6 +41,17 @@ def test_input_stage(form, num_inputs, outputs, num_rows, plan):
     plain = project(products, implementation="xla")
     for some, other, product in zip(made, plain, products, strict=True):
         require_close(some, other, product_reference(product))
+
+
+@pytest.mark.parametrize("form", ["int8", *thorough(["native", "int4"])])
+def test_a_product_in_float32_is_not_rounded(form):
+    product = Product(normal(0, 8, 256), weight(1, 256, 192, form), 192, dtype="float32")
+    with interpreted():
+        [made] = jax.block_until_ready(project_mosaic([product], plan=Plan(2, 2)))
+    assert made.dtype == jnp.float32
+    exact = product_reference(product)
+    tolerance = 1e-2 if form == "int4" else 1e-5  # of which weights are rounded to x's dtype
+    np.testing.assert_allclose(made, exact, rtol=0, atol=tolerance * float(jnp.abs(exact).max()))
 
 
 # Form, inputs of each product, width, rows, norms, biases, blocks that run at once, plan.

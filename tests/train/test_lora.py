@@ -20,8 +20,8 @@ from falcon_jax.model.step import ForwardOptions
 from falcon_jax.train import lora as train_lora
 from falcon_jax.train.loss import cross_entropy
 from falcon_jax.train.step import StepOptions
-from pallas_kernels.quantized_matmul import QuantizedWeight, dequantize
 from tests import models
+from tests.models import native_again
 
 CONFIG = models.tiny("falcon-40b")  # grouped heads: all projections differ in shape
 EVERYWHERE = LoRA(4, 8.0, ("query_key_value", "output", "up", "down"))
@@ -124,14 +124,9 @@ def test_no_product_of_the_step_is_a_frozen_weights_gradient(frozen):
 
 def test_weights_of_few_bits_pass_gradients_as_what_they_stand_for(frozen):
     adapters = random_adapters()
-    few, leaves = in_few_bits(frozen, "int8"), model_params.flatten(frozen)
-    packed = model_params.flatten(few)
-    for path, leaf in leaves.items():
-        if f"{path}.values" in packed:
-            weight = QuantizedWeight(packed[f"{path}.values"], packed[f"{path}.scales"])
-            leaves[path] = dequantize(weight, *quantize.matrix_shape(path, leaf.shape)).reshape(leaf.shape)
+    few = in_few_bits(frozen, "int8")
     grads, _ = gradients(MODEL, adapters, few, TOKENS[None])
-    expected, _ = gradients(MODEL, adapters, model_params.unflatten(leaves), TOKENS[None])
+    expected, _ = gradients(MODEL, adapters, native_again(few, CONFIG), TOKENS[None])
     assert_close(grads, expected, tolerance=1e-4)
 
 
