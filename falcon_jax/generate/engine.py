@@ -12,6 +12,7 @@ Letters: B batch, T query tokens, D width, V vocabulary, E end-of-text tokens.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,17 @@ from falcon_jax.generate.programs import (
     decode,
     decode_drafted,
     first_token,
+    norm_sums_of_layer,
     prefill,
     repeat_rows,
 )
 from falcon_jax.generate.sampling import Sampling, SamplingKind, SamplingValues, row_keys
 from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model, Request
-from falcon_jax.model import peers
+from falcon_jax.model import peers, stages
 from falcon_jax.model.cache import KVCache
-from falcon_jax.model.params import Params
+from falcon_jax.model.params import Params, weights_of
 from falcon_jax.model.peers import Peers
+from falcon_jax.model.stages import NormSums
 from falcon_jax.model.step import ForwardOptions
 from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE
 
@@ -77,6 +80,7 @@ class Engine:
         self.max_cache_bytes = max_cache_bytes
         self.dtype: jnp.dtype = params["final_norm"]["scale"].dtype
         self._memories: dict[int, peers.Memory] = {}  # by the rows that they have room for
+        self._norm_sums: list[NormSums] | None = None
         # Never empty, so that a model without an end-of-text token needs no code of its own.
         self.eos_token_ids = np.array(config.eos_token_ids or (-1,), np.int32)
 
@@ -199,7 +203,13 @@ class Engine:
         if ahead:
             yield copy_made.lower(state, **static)
         arguments = (self.params, state, request, keys, *fixed)
-        options = static | {"kind": kind, "peers": None}  # by name and as `_begin` gives them, or they compile again
+        norm_sums = None
+        if self._reads_norm_sums(num_samples * (1 + num_drafted)):
+            layers = self.params["layers"]
+            yield (lowered := norm_sums_of_layer.lower(layers[0], **static))
+            norm_sums = [results(lowered)] * len(layers)
+        # By name and as `_begin` gives them, or they compile again.
+        options = static | {"kind": kind, "peers": None, "norm_sums": norm_sums}
         if num_drafted:
             yield decode_drafted.lower(*arguments, num_drafted=num_drafted, **options)
         else:
@@ -231,6 +241,20 @@ class Engine:
         if num_rows not in self._memories:
             self._memories[num_rows] = peers.Memory(self.model.config, mesh, num_rows)
         return self._memories[num_rows].peers
+
+    def norm_sums(self, num_tokens: int) -> list[NormSums] | None:
+        """What steps of so many tokens, of all rows, read beside the parameters, made the first time; None: nothing."""
+        if not self._reads_norm_sums(num_tokens):
+            return None
+        if self._norm_sums is None:
+            layers = self.params["layers"]
+            self._norm_sums = [norm_sums_of_layer(layers[i], model=self.model) for i in range(len(layers))]
+        return self._norm_sums
+
+    def _reads_norm_sums(self, num_tokens: int) -> bool:
+        config, options, mesh = self.model.config, self.model.options, self.model.mesh
+        weights = weights_of(self.params)
+        return options.stages != "xla" and stages.reads_norm_sums(config, weights, self.dtype, num_tokens, mesh)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_samples: int
@@ -303,7 +327,8 @@ class Generation:
         self._engine = engine
         self._options = options
         self._fixed = fixed
-        self._peers = engine.peers(num_rows * (1 + options.num_drafted))
+        num_tokens = num_rows * (1 + options.num_drafted)
+        self._beside = {"peers": engine.peers(num_tokens), "norm_sums": engine.norm_sums(num_tokens)}
         self._stopped: set[int] = set()
         self._request, self._asked = request, (CHUNK, frozenset[int]())
         self._state = state
@@ -352,7 +377,7 @@ class Generation:
             self._request = ask(self._request, np.int32(num_steps), stopped, model=model)
             self._asked = asked
         arguments = (self._engine.params, self._state, self._request, *self._fixed)
-        options = {"model": model, "kind": self._options.kind, "peers": self._peers}
+        options: dict[str, Any] = {"model": model, "kind": self._options.kind, **self._beside}
         if num_drafted := self._options.num_drafted:
             self._state = decode_drafted(*arguments, num_drafted=num_drafted, **options)
         else:

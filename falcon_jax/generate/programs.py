@@ -21,8 +21,9 @@ from falcon_jax.generate.sampling import SamplingKind, SamplingValues, sample_at
 from falcon_jax.generate.state import CHUNK, Chunk, DecodeState, Model, Request, Rows
 from falcon_jax.model.cache import KVCache
 from falcon_jax.model.decoder import FalconDecoder
-from falcon_jax.model.params import Params, bind
+from falcon_jax.model.params import Params, bind, bind_block
 from falcon_jax.model.peers import Peers
+from falcon_jax.model.stages import NormSums, norm_sums
 
 # Kinds of operations that XLA captures in CUDA graphs, which it calls command buffers, five or more to a graph. Its own
 # choice leaves loops out, so that between two steps the GPU waits for the host, 40 to 200 us (benchmarks/LOG.md).
@@ -189,6 +190,7 @@ def decode(
     eos_token_ids: Int[Array, " E"],
     *,
     peers: Peers | None = None,
+    norm_sums: list[NormSums] | None = None,
     model: Model,
     kind: SamplingKind,
 ) -> DecodeState:
@@ -201,13 +203,14 @@ def decode(
       eos_token_ids: a row that makes one of them is done, that token being its last. No logit is masked.
       peers: how kernels on the devices of the model's mesh reach each other's memory; None: XLA adds up and gathers
         what the devices make.
+      norm_sums: each layer's, where steps of so many tokens read them (model/stages.py); or None.
     """
     decoder = _decoder(params, model, concurrent=decode.is_concurrent(model, peers))
 
     def advance(step: Array, state: DecodeState) -> DecodeState:
         rows, chunk = state.rows, state.chunk
         active = (~rows.done).astype(jnp.int32)
-        hidden, cache = _read(decoder, rows.tokens[:, None], state.cache, active, peers=peers)
+        hidden, cache = _read(decoder, rows.tokens[:, None], state.cache, active, peers=peers, norm_sums=norm_sums)
         logits = decoder.logits(hidden[:, 0], peers)
         tokens, logprobs, seen = _choose(logits, keys, cache.lengths, rows.seen, values, kind)
         tokens = jnp.where(rows.done, rows.tokens, tokens)
@@ -237,6 +240,7 @@ def decode_drafted(
     eos_token_ids: Int[Array, " E"],
     *,
     peers: Peers | None = None,
+    norm_sums: list[NormSums] | None = None,
     num_drafted: int,
     model: Model,
     kind: SamplingKind,
@@ -246,12 +250,12 @@ def decode_drafted(
     Args:
       state: donated; with a history, and a chunk that has room for so many.
       num_drafted: at least 1; static, as it decides the shapes.
-      request, keys, eos_token_ids, peers: as in `decode`.
+      request, keys, eos_token_ids, peers, norm_sums: as in `decode`.
     """
     decoder = _decoder(params, model)
 
     def forward(token_ids: Array, cache: KVCache, num_tokens: Array) -> tuple[Float[Array, "B T V"], KVCache]:
-        hidden, cache = _read(decoder, token_ids, cache, num_tokens, peers=peers)
+        hidden, cache = _read(decoder, token_ids, cache, num_tokens, peers=peers, norm_sums=norm_sums)
         return decoder.logits(hidden, peers), cache
 
     def advance(step: Array, state: DecodeState) -> DecodeState:
@@ -270,6 +274,12 @@ def all_logits(
     return decoder.logits(hidden)
 
 
+@Program
+def norm_sums_of_layer(layer: Params, *, model: Model) -> NormSums:
+    """What decoding is given of each layer as `norm_sums`."""
+    return norm_sums(bind_block(model.config, layer), model.options.stages)
+
+
 def _decoder(params: Params, model: Model, *, concurrent: bool = False) -> FalconDecoder:
     options = dataclasses.replace(model.options, concurrent=concurrent)
     return bind(model.config, params, options, model.mesh)
@@ -283,8 +293,9 @@ def _read(
     *,
     cache_is_empty: bool = False,
     peers: Peers | None = None,
+    norm_sums: list[NormSums] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    options = {"cache_is_empty": cache_is_empty, "peers": peers}
+    options = {"cache_is_empty": cache_is_empty, "peers": peers, "norm_sums": norm_sums}
     hidden, filled = decoder(token_ids, cache=cache, num_tokens=num_tokens, **options)
     assert filled is not None  # a cache came in
     return hidden, filled

@@ -9,6 +9,8 @@ whose order of additions and roundings is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -177,6 +179,7 @@ class FalconDecoder(Ends):
         num_tokens: Int[Array, " B"] | None = None,
         cache_is_empty: bool = False,
         peers: Peers | None = None,
+        norm_sums: Sequence[stages.NormSums] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The final hidden states of T tokens a row, and the cache that now holds them.
 
@@ -189,6 +192,7 @@ class FalconDecoder(Ends):
             and not the whole cache.
           peers: how kernels on the devices of the mesh reach each other's memory, for up to 64 tokens in all; None: XLA
             adds up what the devices make.
+          norm_sums: as `stages.run` has them; nothing else reads them.
 
         Returns:
           Hidden states [B, T, D] in the parameters' dtype (at padding: finite, meaningless) and the cache with each
@@ -202,7 +206,7 @@ class FalconDecoder(Ends):
         x = self.token_vectors(token_ids, peers)
         if cache is not None and self._takes_stages(B * T, cache_is_empty):
             rows = None if peers is None else peers.rows
-            x, kept = stages.run(self, x, step, cache, self.options.stages, rows)
+            x, kept = stages.run(self, x, step, cache, self.options.stages, rows, norm_sums)
             keys, values = zip(*kept, strict=True)
             return x, KVCache(keys, values, ends)
         keys, values = [], []

@@ -21,12 +21,13 @@ The trap: results differ from the plain layers' by rounding, as sums stay in flo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from falcon_jax import sharding
@@ -37,7 +38,7 @@ from pallas_kernels import compat, quantized_matmul
 from pallas_kernels.attention_norm import attention_norm, attention_norm_deferred, new_meeting
 from pallas_kernels.peers import Addresses
 from pallas_kernels.quantized_matmul import MAX_ROWS, SIDE, Moments, Product, deferred, in_eights, project
-from pallas_kernels.quantized_matmul.integers import FEW_TOKENS, Integers
+from pallas_kernels.quantized_matmul.integers import ALL_ROWS, FEW_ROWS, FEW_TOKENS, TOKEN_ROWS, Integers
 from pallas_kernels.sharded import HEAD_AXIS
 
 if TYPE_CHECKING:
@@ -63,6 +64,36 @@ def integers_pay(config: FalconConfig, weights: str) -> bool:
     parallel ones alone have been measured (benchmarks/LOG.md).
     """
     return weights == "int4" and config.block == "parallel"
+
+
+# Of a layer, by projection: what scale and shift of the norm that it reads come to, float32 [2, O].
+NormSums = dict[str, Array]
+
+
+def reads_norm_sums(config: FalconConfig, weights: str, dtype: DTypeLike, num_tokens: int, mesh: Mesh | None) -> bool:
+    """Whether steps of so many tokens are faster with each layer's `norm_sums`, and can have them here."""
+    return (
+        FEW_TOKENS < num_tokens <= len(TOKEN_ROWS)
+        and jnp.dtype(dtype) == jnp.bfloat16
+        and quantized_matmul.size_of(mesh) == 1
+        and integers_pay(config, weights)
+        and deferred.fits(num_tokens, config.width)
+        and compat.mosaic_reason(mesh) is None
+    )
+
+
+def norm_sums(block: Block, implementation: str | None = None) -> NormSums:
+    """Of a parallel layer, made once and for all: with them input stages of three and four tokens have half as much to
+    multiply (pallas_kernels/quantized_matmul/integers.py)."""
+    norms = _input_norms(block)
+    read = {f"attention.{name}": norms[0] for name in ("query", "key", "value")} | {"mlp.up": norms[-1]}
+    projections = {f"attention.{name}": getattr(block.attention, name) for name in ("query", "key", "value")}
+    projections["mlp.up"] = block.mlp.up
+    products = [
+        Product(jnp.stack(norm.affine()), projections[name].matrix(), projections[name].num_outputs, dtype="float32")
+        for name, norm in read.items()
+    ]
+    return dict(zip(read, project(products, implementation=implementation), strict=True))
 
 
 def reason_against(decoder: FalconDecoder, num_tokens: int) -> str | None:
@@ -112,11 +143,13 @@ def run(
     cache: KVCache,
     implementation: str | None,
     peers: Addresses | None = None,
+    norm_sums: Sequence[NormSums] | None = None,
 ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]]]:
     """All layers and the final norm.
 
     Args:
       peers: where kernels on the devices of the decoder's mesh find each other's memory, for up to 64 tokens; or None.
+      norm_sums: each layer's, for as many tokens as `reads_norm_sums` says; or None.
 
     Returns:
       The final hidden states, and each layer's keys and values with the new tokens in them.
@@ -136,7 +169,8 @@ def run(
     mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
     integers = None
     if defers and is_one and x.dtype == jnp.bfloat16 and integers_pay(decoder.config, decoder.weights):
-        integers = Integers(decoder.weights, few=B * T <= FEW_TOKENS)
+        held = FEW_ROWS if B * T <= FEW_TOKENS else ALL_ROWS if norm_sums is None else TOKEN_ROWS
+        integers = Integers(decoder.weights, held)
     shared = _Shared(step, implementation, mesh, defers, integers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))
     meetings = new_meeting(residual.shape[0], D), jnp.zeros(B * decoder.config.num_heads, jnp.int32)
@@ -145,6 +179,9 @@ def run(
         with jax.named_scope(f"layer_{i}"):
             slots = cache.keys[i], cache.values[i]
             defers = shared.defers and i + 1 < len(layers)  # no stage reads the final norm
+            if integers is not None and integers.rows == TOKEN_ROWS:
+                assert norm_sums is not None
+                normed = dataclasses.replace(normed, sums=norm_sums[i])
             residual, normed, meetings, slots = _layer(block, residual, normed, norms, defers, meetings, shared, slots)
             kept.append(slots)
     return normed.rows[0][: B * T].reshape(B, T, D), kept
@@ -153,10 +190,11 @@ def run(
 @dataclasses.dataclass(frozen=True)
 class _Normed:
     """What is read of a residual: rows [R, D] for each of its norms, maybe as integers. moments: of norms that end
-    where they are read."""
+    where they are read; sums: what these rows lack."""
 
     rows: list[Any]
     moments: Moments | None = None
+    sums: NormSums | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +227,10 @@ class _Shared:
     rotary: tuple[Float[Array, "R 32"], Float[Array, "R 32"]] | None
     places: Int[Array, " tokens"] | None
 
-    def product(self, name: str, projection: Linear, x: Any, **rest: Any) -> Product:
-        return projection.product(x, is_split=self.mesh.split[name], **rest)
+    def product(self, name: str, projection: Linear, normed: _Normed, norm: int, **rest: Any) -> Product:
+        """Of the rows for a norm of that number."""
+        affine = None if normed.sums is None else normed.sums[name]
+        return projection.product(normed.rows[norm], is_split=self.mesh.split[name], affine=affine, **rest)
 
     def project(self, products: list[Product], moments: Moments | None, num_sms: int | None = None) -> list[Array]:
         options = {"mesh": self.mesh.mesh, "implementation": self.implementation}
@@ -276,7 +316,7 @@ def _layer(
         return residual, _Normed(rows)
 
     def up(normed: _Normed) -> Product:
-        return shared.product("mlp.up", mlp.up, normed.rows[-1], activation="gelu")
+        return shared.product("mlp.up", mlp.up, normed, -1, activation="gelu")
 
     if block.parallel:
         attended, slots, counters, (hidden,) = _attend(block, normed, [up(normed)], counters, shared, slots)
@@ -304,13 +344,12 @@ def _attend(
       come to.
     """
     attention, step, (B, S, K, H) = block.attention, shared.step, slots[0].shape
-    T, rows = step.num_columns, normed.rows[0]
-    num_rows = rows.shape[0]
+    T, num_rows = step.num_columns, normed.rows[0].shape[0]
     key_rotary = None if attention.rotates_cached_keys else shared.rotary
     products = [
-        shared.product("attention.query", attention.query, rows, rotary=shared.rotary),
-        shared.product("attention.key", attention.key, rows, rotary=key_rotary),
-        shared.product("attention.value", attention.value, rows),
+        shared.product("attention.query", attention.query, normed, 0, rotary=shared.rotary),
+        shared.product("attention.key", attention.key, normed, 0, rotary=key_rotary),
+        shared.product("attention.value", attention.value, normed, 0),
     ]
     if not others and _attends_as_it_projects(products, normed, shared, slots):
         from pallas_kernels.decode_attention.projected import attend_projected

@@ -56,7 +56,7 @@ def attention_norm(
         axis. Each device adds up its part, rounded to x's dtype; the sum over the axis, residual and norms follow.
       peers: None, or where the kernels of all devices find one another's memory (pallas_kernels/peers): they then make
         the sum, in float32, and all that follows. Up to 64 rows, for which there is room; by "mosaic" alone.
-      num_rows: how many rows mean something, the first ones; of the others `peers` need not send anything. None: all.
+      num_rows: how many rows mean something, the first ones; the others need not be read or sent. None: all.
       implementation: "mosaic" (Hopper GPUs, bfloat16), "xla", or None for the faster one that takes the call.
 
     Returns:
@@ -100,7 +100,7 @@ def attention_norm(
 
     out, normed, meeting = attention_norm_mosaic(
         [in_eights(x) for x in xs], weights, biases, in_eights(residual), norms, meeting,
-        epsilon=epsilon,
+        epsilon=epsilon, num_rows=products[0].num_rows if num_rows is None else num_rows,
     )  # fmt: skip
 
     back = functools.partial(_back, num_rows=products[0].num_rows, shape=residual.shape)
@@ -159,7 +159,9 @@ def attention_norm_deferred(
 
     from pallas_kernels.attention_norm.mosaic import defer_norm_mosaic
 
-    return defer_norm_mosaic(xs, weights, biases, residual, norms, epsilon=epsilon, integers=integers)
+    return defer_norm_mosaic(
+        xs, weights, biases, residual, norms, epsilon=epsilon, integers=integers, num_rows=num_rows
+    )  # fmt: skip
 
 
 def _by_peers(
@@ -184,7 +186,8 @@ def _by_peers(
     if peers.count != size_of(mesh) or peers.width != D or peers.num_rows < given + -given % ROWS_AT_ONCE:
         room = f"{peers.num_rows} rows of {peers.width} on {peers.count} devices"
         raise ValueError(f"attention_norm: mailboxes of {room} do not fit {given} of {D} on {size_of(mesh)}")
-    exchange = Exchange.of(peers, given if num_rows is None else num_rows)
+    num_rows = given if num_rows is None else num_rows
+    exchange = Exchange.of(peers, num_rows)
     rest = list(biases), in_eights(residual), [tuple(norm) for norm in norms], meeting
 
     def on_device(xs: Sequence[Array], weights: Sequence[Any], table: Array, rest: Any) -> Any:
@@ -194,8 +197,10 @@ def _by_peers(
         biases, residual, norms, meeting = rest
         begin = list(map(in_eights, xs)), weights, biases, residual, norms
         if meeting is None:
-            return defer_norm_mosaic(*begin, epsilon=epsilon, exchange=exchange, table=table)
-        return attention_norm_mosaic(*begin, meeting, epsilon=epsilon, exchange=exchange, table=table)
+            return defer_norm_mosaic(*begin, epsilon=epsilon, exchange=exchange, table=table, num_rows=num_rows)
+        return attention_norm_mosaic(
+            *begin, meeting, epsilon=epsilon, exchange=exchange, table=table, num_rows=num_rows
+        )  # fmt: skip
 
     made = by_peers(mesh, xs, weights, are_split, peers, rest, on_device)
     if meeting is None:
@@ -219,7 +224,7 @@ def _add(xs: Sequence[Array], weights: Sequence[Any], *, num_outputs: int, imple
 
     from pallas_kernels.attention_norm.mosaic import add_mosaic
 
-    made = add_mosaic([in_eights(x) for x in xs], weights, num_outputs)
+    made = add_mosaic([in_eights(x) for x in xs], weights, num_outputs, num_rows=products[0].num_rows)
     return made[: products[0].num_rows].reshape(*xs[0].shape[:-1], num_outputs)
 
 

@@ -43,6 +43,7 @@ from pallas_kernels.quantized_matmul.integer_sums import store_integers
 from pallas_kernels.quantized_matmul.integers import Integers
 from pallas_kernels.quantized_matmul.mosaic import parameters
 from pallas_kernels.quantized_matmul.plan import Launch, Plan, check_all_run_at_once, output_launch, sent_bytes
+from pallas_kernels.quantized_matmul.product import rows_read
 from pallas_kernels.quantized_matmul.rows import (
     PER_COLUMN,
     load,
@@ -52,7 +53,7 @@ from pallas_kernels.quantized_matmul.rows import (
     over_outputs,
     over_rows,
 )
-from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch
+from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch, x_of
 
 
 def attention_norm_mosaic(
@@ -67,10 +68,14 @@ def attention_norm_mosaic(
     plan: Plan | None = None,
     exchange: Exchange | None = None,
     table: Int[Array, " E"] | None = None,
+    num_rows: int | None = None,
 ) -> tuple[Float[Array, "R D"], list[Float[Array, "R D"]], Int[Array, " M"]]:
     """`attention_norm` by the kernel, for rows that are a multiple of 8, and the array `meeting` for the next
-    launch. exchange, table: None, or how this device adds up what all make, and its row of their `table`."""
-    results, meeting = _run(xs, weights, biases, residual, norms, meeting, residual, epsilon, plan, exchange, table)
+    launch. exchange, table: None, or how this device adds up what all make, and its row of their `table`. num_rows: how
+    many rows of xs mean something, the first ones; None for all."""
+    results, meeting = _run(
+        xs, weights, biases, residual, norms, meeting, residual, epsilon, plan, num_rows, exchange, table
+    )  # fmt: skip
     return results["out"], results["normed"], meeting
 
 
@@ -85,10 +90,13 @@ def defer_norm_mosaic(
     plan: Plan | None = None,
     exchange: Exchange | None = None,
     table: Int[Array, " E"] | None = None,
+    num_rows: int | None = None,
     integers: Integers | None = None,
 ) -> tuple[Float[Array, "8 D"], list[Any], Moments]:
-    """`attention_norm_deferred` by the kernel, for 8 rows. exchange, table: as of `attention_norm_mosaic`."""
-    results, _ = _run(xs, weights, biases, residual, norms, None, residual, epsilon, plan, exchange, table, integers)
+    """`attention_norm_deferred` by the kernel, for 8 rows. exchange, table, num_rows: as of `attention_norm_mosaic`."""
+    results, _ = _run(
+        xs, weights, biases, residual, norms, None, residual, epsilon, plan, num_rows, exchange, table, integers
+    )  # fmt: skip
     return results["out"], results["normed"], Moments(results["moments"], epsilon)
 
 
@@ -98,36 +106,39 @@ def add_mosaic(
     num_outputs: int,
     *,
     plan: Plan | None = None,
+    num_rows: int | None = None,
 ) -> Float[Array, "R O"]:
     """The products alone, added up in float32 and rounded to x's dtype; rows are a multiple of 8.
 
-    One device's part where several share out the inputs. No norm, so blocks need not meet.
+    One device's part where several share out the inputs. No norm, so blocks need not meet. num_rows: as of
+    `attention_norm_mosaic`.
     """
     shape = jax.ShapeDtypeStruct((xs[0].shape[0], num_outputs), xs[0].dtype)
-    results, _ = _run(xs, weights, [], None, [], None, shape, 0.0, plan)
+    results, _ = _run(xs, weights, [], None, [], None, shape, 0.0, plan, num_rows)
     return results["out"]
 
 
 def _run(
-    xs, weights, biases, residual, norms, meeting, like: Any, epsilon: float, plan: Plan | None,
+    xs, weights, biases, residual, norms, meeting, like: Any, epsilon: float, plan: Plan | None, num_rows: int | None,
     exchange: Exchange | None = None, table: Array | None = None, integers: Integers | None = None,
 ):  # fmt: skip
     """What a launch makes, by name, and the array `meeting` for the next one. like: of the results' shape and dtype."""
     return _launch(
         list(xs), list(weights), list(biases), residual, [tuple(norm) for norm in norms], meeting, table,
         shape=jax.ShapeDtypeStruct(like.shape, like.dtype), epsilon=epsilon, exchange=exchange, integers=integers,
-        plan=plan, num_sms=compat.num_sms(), interpretable=compat.interpreting(),
+        num_read=rows_read(like.shape[0], num_rows), plan=plan,
+        num_sms=compat.num_sms(), interpretable=compat.interpreting(),
     )  # fmt: skip
 
 
-_STATIC = ("shape", "epsilon", "exchange", "integers", "plan", "num_sms", "interpretable")
+_STATIC = ("shape", "epsilon", "exchange", "integers", "num_read", "plan", "num_sms", "interpretable")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _launch(
     xs, weights, biases, residual, norms, meeting, table,
     *, shape: jax.ShapeDtypeStruct, epsilon: float, exchange: Exchange | None, integers: Integers | None,
-    plan: Plan | None, num_sms: int, interpretable: bool,
+    num_read: int, plan: Plan | None, num_sms: int, interpretable: bool,
 ):  # fmt: skip
     num_rows, width = shape.shape
     launch = output_launch(weights, width, num_rows, len(norms), num_sms, plan)
@@ -140,7 +151,7 @@ def _launch(
         interpretable,
     )  # fmt: skip
     inputs = {
-        "xs": list(xs),
+        "xs": [x_of(x, num_read) for x in xs],
         "weights": [arrays_of(weight) for weight in weights],
         "columns": [*biases, *(array for norm in norms for array in norm)],
         "residual": residual,
@@ -383,9 +394,7 @@ class _Block:
                 store(of_norm.at[:, outputs], scaled.astype(dtype))
                 continue
             values, blocks = self.smem["normed"].at[j], self.smem["normed_blocks"].at[j]
-            store_integers(
-                values, blocks, rounded(scaled, dtype), integers.form, interpretable=self.settings.interpretable
-            )
+            store_integers(values, blocks, rounded(scaled, dtype), integers, interpretable=self.settings.interpretable)
             copies += [(values, of_norm.values.at[:, outputs]), (blocks, of_norm.blocks.at[self.tile(i)])]
         if copies:
             plgpu.commit_smem()

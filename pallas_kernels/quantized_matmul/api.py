@@ -87,18 +87,14 @@ def project(
     """
     for product in products:
         product.check("project")
-    if moments is not None:
-        deferred.check(products, moments)
+    deferred.check(products, moments)
     if size_of(mesh) > 1:
         on_device = functools.partial(project, num_sms=num_sms, implementation=implementation)
         return project_over(mesh, products, moments, on_device)
     candidates = {"mosaic": lambda: _mosaic_reason(products, moments), "xla": lambda: None}
     candidates = in_order(products[0].num_rows, form_of(products[0].weight), candidates)
     if dispatch.choose("project", implementation, candidates) == "xla":
-        products = [dataclasses.replace(product, x=_as_floats(product.x)) for product in products]
-        if moments is not None:
-            products = [dataclasses.replace(product, x=deferred.finish(product.x, moments)) for product in products]
-        return [_project_xla(product) for product in products]
+        return [_project_xla(product, moments) for product in products]
 
     shapes = [(*product.x.shape[:-1], product.num_outputs) for product in products]
     if products[0].num_rows > MAX_ROWS:
@@ -109,7 +105,9 @@ def project(
 
     from pallas_kernels.quantized_matmul.mosaic import project_mosaic
 
-    made = project_mosaic([_in_eights(product) for product in products], moments=moments, num_sms=num_sms)
+    num_rows = None if moments is not None else products[0].num_rows
+    rows = [_in_eights(product) for product in products]
+    made = project_mosaic(rows, moments=moments, num_sms=num_sms, num_rows=num_rows)
     return [
         y if product.slots is not None else y[: product.num_rows].reshape(shape)
         for y, product, shape in zip(made, products, shapes, strict=True)
@@ -125,14 +123,18 @@ def _as_floats(x: Any) -> Array:
     return x.floats().astype(x.dtype) if isinstance(x, IntegerRows) else x
 
 
-def _project_xla(product: Product) -> Array:
-    x = product.x
+def _project_xla(product: Product, moments: deferred.Moments | None) -> Array:
+    x, out_dtype, affine = _as_floats(product.x), product.out_dtype, product.affine
+    if moments is not None and affine is None:
+        x = deferred.finish(x, moments)
+    dtype = out_dtype if affine is None else jnp.float32
     if isinstance(product.weight, QuantizedWeight):
-        y = matmul_xla(x, product.weight, product.num_outputs, product.out_dtype)
+        y = matmul_xla(x, product.weight, product.num_outputs, dtype)
     else:
-        y = lax.dot_general(
-            x, product.weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=product.out_dtype
-        )
+        y = lax.dot_general(x, product.weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+    if affine is not None:
+        assert moments is not None  # by `deferred.check`
+        y = deferred.end(y, affine[0], affine[1], moments, x.shape[-1]).astype(out_dtype)
     if product.bias is not None:
         y = y + product.bias
     if product.activation == "gelu":

@@ -6,7 +6,9 @@ With mean m and standard deviation s of a row x, and scale g and shift h of a no
 
 So what makes x does not wait for m and s, for which its blocks would have to meet: it writes x * g and, of each tile of
 64, what m and s can be put together from. What reads them has m and s long before it has the products. g @ W and h @ W
-cost nothing: a matrix instruction multiplies eight rows as fast as one, and g and h are the last two.
+cost nothing: a matrix instruction multiplies eight rows as fast as one, and g and h are the last two. Where x comes as
+integers, two rows each, that holds for two tokens; of four it is faster to have g @ W and h @ W made once and for all
+(`Product.affine`).
 
     rows    [8, D]      x * g in x's dtype; in the last two rows g and h
     tiles   [2, 8, P]   float32, of each row of a tile: its mean, and the sum of squared distances from that
@@ -27,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.integers import NUM_AFFINE
+from pallas_kernels.quantized_matmul.integers import NUM_AFFINE, IntegerRows
 from pallas_kernels.quantized_matmul.product import ROWS_AT_ONCE, SIDE
 
 SCALE_ROW, SHIFT_ROW = range(ROWS_AT_ONCE - NUM_AFFINE, ROWS_AT_ONCE)
@@ -83,19 +85,33 @@ def begin(
 
 def finish(rows: Float[Array, "8 D"], moments: Moments) -> Float[Array, "8 D"]:
     """By plain JAX, the normalized rows, in the dtype of `rows`; of the last two anything."""
-    num_tiles = rows.shape[-1] // TILE
-    means, squares = moments.tiles[:, :, :num_tiles]
-    mean = means.mean(axis=-1, keepdims=True)
-    variance = (squares + TILE * jnp.square(means - mean)).sum(axis=-1, keepdims=True) / rows.shape[-1]
     y = rows.astype(jnp.float32)
-    y = (y - mean * y[SCALE_ROW]) * lax.rsqrt(variance + moments.epsilon) + y[SHIFT_ROW]
-    return y.astype(rows.dtype)
+    return end(y, y[SCALE_ROW], y[SHIFT_ROW], moments, rows.shape[-1]).astype(rows.dtype)
 
 
-def check(products: Sequence[Any], moments: Moments) -> None:
+def end(
+    y: Float[Array, "8 O"], scale: Float[Array, " O"], shift: Float[Array, " O"], moments: Moments, width: int
+) -> Float[Array, "8 O"]:
+    """By plain JAX, of products of the rows, or of themselves, those of the normalized rows. scale, shift: in place of
+    x, what they come to. width: of x."""
+    means, squares = moments.tiles[:, :, : width // TILE]
+    mean = means.mean(axis=-1, keepdims=True)
+    variance = (squares + TILE * jnp.square(means - mean)).sum(axis=-1, keepdims=True) / width
+    return (y - mean * scale) * lax.rsqrt(variance + moments.epsilon) + shift
+
+
+def check(products: Sequence[Any], moments: Moments | None) -> None:
     """Raises ValueError where the products' rows are not as these moments need them."""
+    if moments is None:
+        if any(product.affine is not None for product in products):
+            raise ValueError("project: what scale and shift of a deferred norm come to is given without its moments")
+        return
     for product in products:
         rows, tiles = product.x.shape, moments.tiles.shape
         if len(rows) != 2 or rows[0] != ROWS_AT_ONCE or tiles != (2, ROWS_AT_ONCE, padded_tiles(rows[1])):
             wanted = f"{ROWS_AT_ONCE} rows, the last two of them its scale and shift"
             raise ValueError(f"project: moments {tiles} do not fit rows {rows}; a deferred norm has {wanted}")
+        holds_affine = not isinstance(product.x, IntegerRows) or SHIFT_ROW in product.x.rows
+        if holds_affine == (product.affine is not None):
+            lacks = "both in x and" if holds_affine else "neither in x nor"
+            raise ValueError(f"project: scale and shift of a deferred norm are {lacks} beside it; give them once")

@@ -17,14 +17,7 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.instructions import REF, add, do, element, inlined, integer, multiply, own_thread, shared_address
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
-from pallas_kernels.quantized_matmul.integers import (
-    CODE_OFFSET,
-    FEW_TOKENS,
-    LOW_BITS,
-    NUM_AFFINE,
-    ROWS_AT_ONCE,
-    to_integers,
-)
+from pallas_kernels.quantized_matmul.integers import ALL_ROWS, CODE_OFFSET, LOW_BITS, Integers
 from pallas_kernels.quantized_matmul.rows import ROWS, own_place
 
 MATRIX = plgpu.Layout.WGMMA
@@ -91,40 +84,39 @@ def sum_of_blocks(made: Sequence[Any], blocks: Sequence[Any], form: str, *, inte
     return emit(*made, *blocks)
 
 
-def store_integers(values: Any, blocks: Any, x: Any, form: str, *, interpretable: bool) -> None:
-    """Writes a tile of rows, float32 [8, 64] as ROWS, into shared memory as `to_integers` makes them.
+def store_integers(values: Any, blocks: Any, x: Any, integers: Integers, *, interpretable: bool) -> None:
+    """Writes a tile of rows, float32 [8, 64] as ROWS, into shared memory as `Integers.of` makes them.
 
-    values: int8 [2 R, 64], R 8 or 4; blocks: int32 [2 R].
+    values: int8 [2 R, 64], R rows that are held; blocks: int32 [2 R].
     """
-    num_held = values.shape[0] // 2
     if interpretable:
-        made = to_integers(x, form, few=num_held < ROWS_AT_ONCE)
+        made = integers.of(x)
         values[...], blocks[...] = made.values, made.blocks[0]
         return
     # Of a thread's four inputs, side by side, the places after the first one's (integers.in_order).
-    step, places = {"int4": (1, (0, 2, 4, 6)), "int8": (2, (0, 1, 4, 5))}[form]
+    step, places = {"int4": (1, (0, 2, 4, 6)), "int8": (2, (0, 1, 4, 5))}[integers.form]
+    # The rows that are held are the first ones, and maybe the last.
+    num_first = next((i for i, row in enumerate(integers.rows) if row != i), integers.num_held)
+    first_of_last = len(ALL_ROWS) - (integers.num_held - num_first)
 
     @inlined(REF, REF, ROWS)
     def emit(_, values, blocks, x):
         row, fours = own_place()
         (register,) = x.registers.flat
         numbers = [element(register, i) for i in range(4)]
-        scale, integers, offset = _of_a_row(numbers, CODE_OFFSET[form])
+        scale, whole, offset = _of_a_row(numbers, CODE_OFFSET[integers.form])
         # Sixteens of inputs; in one, threads 0 and 1 have the first eight, as have 2 and 3 of the last.
         first = add(
             multiply(arith.divui(fours, integer(4)), 16),
             multiply(arith.remui(fours, integer(2)), 8),
             multiply(arith.remui(arith.divui(fours, integer(2)), integer(2)), step),
         )
-        held, is_held = row, mgpu.c(True, ir.IntegerType.get_signless(1))
-        if num_held < ROWS_AT_ONCE:
-            first_affine = ROWS_AT_ONCE - NUM_AFFINE
-            is_first = arith.cmpi(arith.CmpIPredicate.ult, row, integer(FEW_TOKENS))
-            is_last = arith.cmpi(arith.CmpIPredicate.uge, row, integer(first_affine))
-            held = arith.select(is_first, row, add(row, FEW_TOKENS - first_affine))
-            is_held = arith.ori(is_first, is_last)
+        is_first = arith.cmpi(arith.CmpIPredicate.ult, row, integer(num_first))
+        is_last = arith.cmpi(arith.CmpIPredicate.uge, row, integer(first_of_last))
+        held = arith.select(is_first, row, add(row, num_first - first_of_last))
+        is_held = arith.ori(is_first, is_last)
         start = add(shared_address(values), multiply(held, 2 * TILE), first)
-        for number, place in zip(integers, places, strict=True):
+        for number, place in zip(whole, places, strict=True):
             ptx = f"""{{ .reg .b32 high, low;
                 shr.s32 high, $1, {LOW_BITS};
                 and.b32 low, $1, {2**LOW_BITS - 1};

@@ -6,12 +6,13 @@ Codes of weights are integers already: as the operand of an instruction that mul
 of a word by one or two operations, where bfloat16 takes five to ten (fragments.py). high and low are rows of their own,
 of which an instruction takes eight as fast as one.
 
-    values  int8 [2 R, I]         rows 2 r and 2 r + 1: high and low of row r, one of R = 8 or 4
+    values  int8 [2 R, I]         rows 2 r and 2 r + 1: high and low of row r, one of R = 8 or 4 that are held
     blocks  int32 [I / 64, 2 R]   of each 64 inputs, at 2 r and 2 r + 1, the bits of scale, float32, and what takes off
                                   the offset in codes of 4 bits: -8 times the sum of 128 high + low; else 0
 
-Four rows do for one or two tokens with a deferred norm (deferred.py): those of the tokens, and its scale and shift. An
-instruction with eight columns then has all parts, and half as many sums are to be scaled.
+Four rows do for one or two tokens with a deferred norm (deferred.py): those of the tokens, and its scale and shift; and
+for three or four where it is known what these two come to. An instruction with eight columns then has all parts, and
+half as many sums are to be scaled.
 
 Inputs are in the order in which a word has their codes, 16 by 16: place 4 q + j is the input 2 q + (0, 8, 1, 9)[j] for
 weights of 4 bits and 2 q + (0, 1, 8, 9)[j] for 8.
@@ -37,7 +38,10 @@ from pallas_kernels.quantized_matmul.formats import ROWS_AT_ONCE, require_form
 BLOCK = 64  # inputs that share a scale
 FEW_TOKENS = 2
 NUM_AFFINE = 2  # the last rows, where a deferred norm has its scale and shift
+# Rows that are held: all, few tokens with scale and shift, as many tokens alone.
+ALL_ROWS = tuple(range(ROWS_AT_ONCE))
 FEW_ROWS = (*range(FEW_TOKENS), *range(ROWS_AT_ONCE - NUM_AFFINE, ROWS_AT_ONCE))
+TOKEN_ROWS = tuple(range(FEW_TOKENS + NUM_AFFINE))
 LOW_BITS = 7
 CODE_OFFSET = {"int8": 0, "int4": 8}  # that codes have as integers
 _IN_WORD = {"int4": (1, 2, 0), "int8": (1, 0, 2)}  # q, e, h and q, h, e
@@ -48,12 +52,13 @@ _SMALLEST = 2.0**-100  # so that the scale of zeros is a number
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IntegerRows:
-    """x [8, I] as integers, all rows or the `FEW_ROWS`. form: of the weights that it is for. dtype: of that x."""
+    """x [8, I] as integers. form: of the weights that it is for. dtype: of that x. rows: which are held."""
 
     values: Any
     blocks: Any
     form: str = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
+    rows: tuple[int, ...] = dataclasses.field(default=ALL_ROWS, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,7 +68,7 @@ class IntegerRows:
     @property
     def num_held(self) -> int:
         """Rows that it has."""
-        return self.values.shape[0] // 2
+        return len(self.rows)
 
     @property
     def ndim(self) -> int:
@@ -78,7 +83,7 @@ class IntegerRows:
         held = in_order((numbers * scales[..., None]).reshape(num_rows, num_inputs), self.form, back=True)
         if num_rows == ROWS_AT_ONCE:
             return held
-        return jnp.zeros((ROWS_AT_ONCE, num_inputs), jnp.float32).at[np.array(FEW_ROWS)].set(held)
+        return jnp.zeros((ROWS_AT_ONCE, num_inputs), jnp.float32).at[np.array(self.rows)].set(held)
 
 
 def in_order(x: Shaped[Array, "R I"], form: str, *, back: bool = False) -> Shaped[Array, "R I"]:
@@ -91,8 +96,8 @@ def in_order(x: Shaped[Array, "R I"], form: str, *, back: bool = False) -> Shape
     return x16.transpose(*range(first), *(first + int(axis) for axis in order)).reshape(x.shape)
 
 
-def to_integers(x: Float[Array, "R I"], form: str, *, few: bool = False) -> IntegerRows:
-    """x for products with weights of a form, or only its `FEW_ROWS`. I: a multiple of 64.
+def to_integers(x: Float[Array, "R I"], form: str, rows: tuple[int, ...] = ALL_ROWS) -> IntegerRows:
+    """Those rows of x for products with weights of a form. I: a multiple of 64.
 
     Raises:
       ValueError: an unknown form, or another number of rows or inputs.
@@ -100,7 +105,8 @@ def to_integers(x: Float[Array, "R I"], form: str, *, few: bool = False) -> Inte
     require_form(form)
     if x.shape[0] != ROWS_AT_ONCE or x.shape[1] % BLOCK:
         raise ValueError(f"x is {x.shape}; as integers it is {ROWS_AT_ONCE} rows of a multiple of {BLOCK}")
-    x = jnp.concatenate([x[:FEW_TOKENS], x[-NUM_AFFINE:]]) if few else x  # FEW_ROWS
+    if rows != ALL_ROWS:
+        x = jnp.concatenate([x[row : row + 1] for row in rows])
     num_rows, num_inputs = x.shape
     ordered = in_order(x.astype(jnp.float32), form).reshape(num_rows, -1, BLOCK)
     scales = _scales(jnp.max(jnp.abs(ordered), axis=-1))
@@ -109,28 +115,28 @@ def to_integers(x: Float[Array, "R I"], form: str, *, few: bool = False) -> Inte
     offsets = -CODE_OFFSET[form] * numbers.sum(axis=-1)
     blocks = jnp.stack([lax.bitcast_convert_type(scales, jnp.int32), offsets], axis=-1)
     blocks = blocks.swapaxes(0, 1).reshape(-1, 2 * num_rows)
-    return IntegerRows(values.reshape(2 * num_rows, num_inputs), blocks, form, x.dtype)
+    return IntegerRows(values.reshape(2 * num_rows, num_inputs), blocks, form, x.dtype, rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Integers:
-    """As which integers a kernel writes rows: for weights of a form, all eight or the `FEW_ROWS`."""
+    """As which integers a kernel writes rows: for weights of a form, those rows."""
 
     form: str
-    few: bool
+    rows: tuple[int, ...] = ALL_ROWS
 
     @property
     def num_held(self) -> int:
-        return len(FEW_ROWS) if self.few else ROWS_AT_ONCE
+        return len(self.rows)
 
     def of(self, x: Float[Array, "8 I"]) -> IntegerRows:
-        return to_integers(x, self.form, few=self.few)
+        return to_integers(x, self.form, self.rows)
 
     def described(self, num_inputs: int, dtype: DTypeLike) -> IntegerRows:
         """The arrays of such rows as jax.ShapeDtypeStructs."""
         values = jax.ShapeDtypeStruct((2 * self.num_held, num_inputs), jnp.int8)
         blocks = jax.ShapeDtypeStruct((num_inputs // BLOCK, 2 * self.num_held), jnp.int32)
-        return IntegerRows(values, blocks, self.form, jnp.dtype(dtype))
+        return IntegerRows(values, blocks, self.form, jnp.dtype(dtype), self.rows)
 
 
 def _scales(largest: Array) -> Array:

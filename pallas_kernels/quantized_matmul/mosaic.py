@@ -17,7 +17,7 @@ from pallas_kernels.quantized_matmul.deferred import Moments
 from pallas_kernels.quantized_matmul.formats import TILE_OUTPUTS as TILE
 from pallas_kernels.quantized_matmul.integers import IntegerRows
 from pallas_kernels.quantized_matmul.plan import Plan, input_launch
-from pallas_kernels.quantized_matmul.product import Product
+from pallas_kernels.quantized_matmul.product import Product, rows_read
 from pallas_kernels.quantized_matmul.rows import (
     HALF_ROWS,
     ROWS,
@@ -26,7 +26,7 @@ from pallas_kernels.quantized_matmul.rows import (
     over_outputs,
     over_rows,
 )
-from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch
+from pallas_kernels.quantized_matmul.stream import Stream, arrays_of, run, scratch, x_of
 
 HALF = TILE // 2
 
@@ -36,6 +36,7 @@ def project_mosaic(
     *,
     moments: Moments | None = None,
     num_sms: int | None = None,
+    num_rows: int | None = None,
     plan: Plan | None = None,
 ) -> list[Float[Array, "_ O"]]:
     """All products, in one launch. Weights of one form, all with as many inputs.
@@ -43,15 +44,19 @@ def project_mosaic(
     Rows are a multiple of 8 here: what stands in the last ones may be anything, and makes anything.
     moments: None, or of a layer norm that ends here (deferred.py).
     num_sms: multiprocessors that it may have, None for all.
+    num_rows: how many rows mean something, the first ones; None for all.
     """
     num_sms, interpretable = compat.sms_of_a_kernel(num_sms), compat.interpreting()
-    return _launch(list(products), moments, plan=plan, num_sms=num_sms, interpretable=interpretable)
+    num_read = rows_read(products[0].num_rows, num_rows)
+    options = {"num_read": num_read, "plan": plan, "num_sms": num_sms, "interpretable": interpretable}
+    return _launch(list(products), moments, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "num_sms", "interpretable"))
+@functools.partial(jax.jit, static_argnames=("num_read", "plan", "num_sms", "interpretable"))
 def _launch(
-    products: list[Product], moments: Moments | None, *, plan: Plan | None, num_sms: int, interpretable: bool
-) -> list[Array]:
+    products: list[Product], moments: Moments | None, *, num_read: int, plan: Plan | None, num_sms: int,
+    interpretable: bool,
+) -> list[Array]:  # fmt: skip
     num_rows, width = products[0].x.shape
     weights, outputs = [product.weight for product in products], [product.num_outputs for product in products]
     integers = products[0].x if isinstance(products[0].x, IntegerRows) else None
@@ -65,9 +70,10 @@ def _launch(
     ]
     inputs = [
         {
-            "x": product.x,
+            "x": x_of(product.x, num_read),
             "weights": arrays_of(product.weight),
             "bias": product.bias,
+            "affine": product.affine,
             "rotary": product.rotary,
             "slots": product.slots and (jax.new_ref(product.slots[0]), product.slots[1]),
         }
@@ -90,7 +96,8 @@ def _launch(
         def consume(stream: Stream) -> None:
             norm = None if moments is None else Norm(stream, tiles, smem["rows"], width, moments.epsilon)
             stream.begin()
-            own = {name: smem[name].at[warpgroup] for name in ("tile", "bias", "has_bias") if name in smem}
+            names = ("tile", "bias", "has_bias", "affine", "has_affine")
+            own = {name: smem[name].at[warpgroup] for name in names if name in smem}
             _Epilogue(products, given, outs, own, norm).take_turns(stream)
 
         run(plan, warpgroup, make, consume)
@@ -101,6 +108,8 @@ def _launch(
         smem["rows"] = plgpu.SMEM((2, num_rows), jnp.float32)
     if any(product.bias is not None for product in products):
         smem |= {"bias": plgpu.SMEM((W, TILE), dtype), "has_bias": plgpu.Barrier(num_barriers=W)}
+    if any(product.affine is not None for product in products):
+        smem |= {"affine": plgpu.SMEM((W, 2, TILE), jnp.float32), "has_affine": plgpu.Barrier(num_barriers=W)}
     if any(product.slots is not None for product in products):
         smem["tile"] = plgpu.SMEM((W, num_rows, TILE), dtype)
     made = plgpu.kernel(
@@ -162,7 +171,7 @@ class _Epilogue:
     Args:
       given, outs: each product's arguments but x, and its result where that goes into no slots, in device memory.
       smem: this warpgroup's. "tile" [R, 64], for one on its way to slots, if any goes there. If any product has a bias,
-        "bias" [64], for a tile's, and "has_bias", a barrier for when it is there.
+        "bias" [64], for a tile's, and "has_bias", a barrier for when it is there; in the same way "affine" [2, 64].
       norm: None, or one that ends here.
     """
 
@@ -189,8 +198,8 @@ class _Epilogue:
                     is_own = (own >= 0) & (own < operand.num_tiles)
                     pl.when(is_own)(functools.partial(do, own * TILE, k))
 
-            if "bias" in self.smem:  # asked for after the products it would be waited for
-                pl.when(stream.is_finisher(turn))(lambda: with_own_operand(self._copy_bias))
+            if "bias" in self.smem or "affine" in self.smem:  # asked for after the products it would be waited for
+                pl.when(stream.is_finisher(turn))(lambda: with_own_operand(self._copy_columns))
             [partial] = stream.sums(turn)
             if self.norm is not None:
                 self.norm.leave(turn)
@@ -207,18 +216,22 @@ class _Epilogue:
         lax.fori_loop(0, stream.num_turns, take_turn, None)
         wait_until_results_have_left()
 
-    def _copy_bias(self, first: Any, k: int) -> None:
-        """Starts the copy of product k's bias for outputs from `first`, if it has one."""
-        if (bias := self.given[k]["bias"]) is not None:
-            plgpu.commit_smem()  # all warps have read the one before
-            plgpu.copy_gmem_to_smem(bias.at[pl.ds(first, TILE)], self.smem["bias"], self.smem["has_bias"])
+    def _copy_columns(self, first: Any, k: int) -> None:
+        """Starts the copies of product k's bias, and of what scale and shift come to, for outputs from `first`."""
+        for name in ("bias", "affine"):
+            if (columns := self.given[k][name]) is not None:
+                plgpu.commit_smem()  # all warps have read the ones before
+                outputs = pl.ds(first, TILE)
+                source = columns.at[outputs] if name == "bias" else columns.at[:, outputs]
+                plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem[f"has_{name}"])
 
     def _finish(self, stream: Stream, number: Any, first: Any, k: int) -> None:
         """Adds up what all warpgroups have left of a tile, product k's outputs from `first`, and sends it off."""
         product, given = self.products[k], self.given[k]
         part = functools.partial(self._part, stream, number, k)
-        if given["bias"] is not None:
-            plgpu.barrier_wait(self.smem["has_bias"])
+        for name in ("bias", "affine"):
+            if given[name] is not None:
+                plgpu.barrier_wait(self.smem[f"has_{name}"])
         if product.rotary is None:
             parts = {(0, TILE): part()}
         else:
@@ -251,7 +264,10 @@ class _Epilogue:
             outputs, layout = pl.ds(half * HALF, HALF), HALF_ROWS
         y = stream.gathered(number, half)
         if self.norm is not None:
-            scale, shift = (stream.gathered(number, half, row) for row in stream.affine_rows)
+            if self.given[k]["affine"] is None:
+                scale, shift = (stream.gathered(number, half, row) for row in stream.affine_rows)
+            else:
+                scale, shift = (load(self.smem["affine"].at[i, outputs], layout.reduce(0)) for i in range(2))
             y = self.norm.end(y, scale, shift, layout)
         y = y.astype(self.products[k].out_dtype)
         if self.given[k]["bias"] is not None:

@@ -34,6 +34,8 @@ class Product:
       row's place in it, int32 [rows], S or more for none. Rows of x past these places are dropped.
     is_split: on a mesh, whether the outputs, with those of the weight and of slots, lie over its tensor axis.
     dtype: what the sums, added up in float32, are rounded to: x's, or "float32" where nothing else is done to them.
+    affine: None, or float32 [2, O], what scale and shift of a deferred norm come to, for an x that does not hold them
+      (`integers.TOKEN_ROWS`).
     """
 
     x: Any
@@ -45,6 +47,7 @@ class Product:
     slots: tuple[Any, Any] | None = None
     is_split: bool = dataclasses.field(default=False, metadata={"static": True})
     dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
+    affine: Any = None
 
     @property
     def num_rows(self) -> int:
@@ -77,6 +80,9 @@ class Product:
                     f"{caller}: slots {array.shape} of {array.dtype} with {len(places)} places do not take {num_rows} "
                     f"rows of {num_outputs} outputs of {x.dtype}"
                 )
+        if self.affine is not None and (self.affine.shape, self.affine.dtype) != ((2, num_outputs), jnp.float32):
+            found = f"{self.affine.dtype}{list(self.affine.shape)}"
+            raise ValueError(f"{caller}: what scale and shift come to is {found}, not float32[2, {num_outputs}]")
         if self.bias is not None and self.bias.shape != (num_outputs,):
             raise ValueError(f"{caller}: a bias {self.bias.shape} does not fit {num_outputs} outputs")
         if not isinstance(weight, QuantizedWeight):
@@ -136,6 +142,13 @@ def in_order(num_rows: int, form: str, candidates: Mapping[str, Any]) -> dict[st
     """
     names = ("xla", "mosaic") if num_rows > MAX_ROWS and form == "native" else ("mosaic", "xla")
     return {name: candidates[name] for name in names}
+
+
+def rows_read(given: int, num_rows: int | None) -> int:
+    """How many rows kernels read of `given`, a multiple of 8, if the first `num_rows` of them (None: all) matter."""
+    if num_rows is None or given > ROWS_AT_ONCE:
+        return given
+    return next(rows for rows in (2, 4, ROWS_AT_ONCE) if rows >= num_rows)
 
 
 def in_eights(x: Any) -> Any:

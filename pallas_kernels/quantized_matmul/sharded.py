@@ -66,6 +66,7 @@ def _input_layout(product: Product) -> Any:
         bias=None if product.bias is None else first,
         rotary=None if product.rotary is None else (WHOLE, WHOLE),
         slots=None if product.slots is None else (columns, WHOLE),
+        affine=None if product.affine is None else columns,
     )
 
 

@@ -18,6 +18,7 @@ Letters: I inputs, O outputs, R rows of x, a multiple of 8; the last may be anyt
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,17 @@ def arrays_of(weight: Any) -> list[jax.Array]:
     # Copies have at most 256 elements a side. Scales of 8 bits are one "group".
     words = words.reshape(*words.shape[:2], -1, 128)
     return [words, scales.reshape(scales.shape[0], -1, TILE)]
+
+
+def x_of(x: Any, num_read: int) -> Any:
+    """x [8, I] as `Stream` takes it where its first `num_read` rows mean something: [8 / num_read, num_read, I].
+
+    A copy of eight rows of the first part finds the others past its end, which are zeros that nobody reads: every block
+    reads all of x, in int4 half as many bytes as of weights.
+    """
+    if isinstance(x, IntegerRows) or num_read == x.shape[0]:
+        return x
+    return x.reshape(-1, num_read, x.shape[1])
 
 
 def scratch(
@@ -100,7 +112,7 @@ class Stream:
     Args:
       weights: each operand's arrays in device memory.
       block, split, warpgroup: whose it is.
-      xs: each operand's x [R, I] in device memory, or what it is as IntegerRows.
+      xs: each operand's x [R, I] in device memory, or what `x_of` makes of it, or it as IntegerRows.
       smem: as `scratch` says.
       in_turn: whether the block's warpgroups finish its tiles in turn, or the first one all.
     """
@@ -122,7 +134,7 @@ class Stream:
         self.weights, self.xs, self.smem, self.interpretable = weights, xs, smem, interpretable
         self.integers = isinstance(xs[0], IntegerRows)
         # Rows of x, and those of which there are products: of the sums that warpgroups leave the first ones.
-        self.num_rows = xs[0].shape[0]
+        self.num_rows = math.prod(xs[0].shape[:-1])
         self.num_held = xs[0].num_held if self.integers else self.num_rows
         plan, self.is_sum = self.plan, launch.is_sum
         self.block, self.warpgroup, self.in_turn = block, warpgroup, in_turn
@@ -227,7 +239,9 @@ class Stream:
             blocks = pl.ds(self._group(within) * (GROUP // BLOCK), self.plan.groups * (GROUP // BLOCK))
             plgpu.copy_gmem_to_smem(x.blocks.at[blocks], self.smem["x_blocks"].at[at], self._full(slot))
             x = x.values
-        plgpu.copy_gmem_to_smem(x.at[:, inputs], self.smem["x"].at[at], self._full(slot))
+        # A start that Pallas does not know: it refuses what it knows to go past the end.
+        rows = x.at[:, inputs] if len(x.shape) == 2 else x.at[0, pl.ds(slot * 0, self.num_rows), inputs]
+        plgpu.copy_gmem_to_smem(rows, self.smem["x"].at[at], self._full(slot))
 
     def _copy_tile(self, k: int, slot: Any, within: Any, i: int, tile: Any) -> None:
         """tile: of the operand's."""

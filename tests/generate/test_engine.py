@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 from falcon_jax import sharding
-from falcon_jax.config import Rope
+from falcon_jax.config import PRESETS, Rope
 from falcon_jax.errors import RequestError
 from falcon_jax.generate import batching
+from falcon_jax.generate import engine as engines
 from falcon_jax.generate.engine import CHUNK, Engine
 from falcon_jax.generate.sampling import Sampling
 from falcon_jax.model import params as model_params
+from falcon_jax.model import stages
+from pallas_kernels import compat
+from pallas_kernels.quantized_matmul import deferred
 from tests import models
 from tests.compilations import count_compilations
 from tests.generate.runs import drain
@@ -243,3 +247,37 @@ def test_more_tokens_than_the_cache_may_hold_are_refused_before_anything_runs(en
     limited.start([[1] * 60], max_new_tokens=40, sampling=GREEDY)
     with pytest.raises(RequestError, match=r"cannot hold 101 tokens a row.*max_cache_tokens is 100"):
         limited.start([[1] * 61], max_new_tokens=40, sampling=GREEDY)
+
+
+def test_what_norms_come_to_is_made_once_and_for_steps_that_read_it(monkeypatch):
+    config = models.tiny("falcon-40b", **NO_EOS)
+    params = model_params.init(config, jax.random.key(0), "bfloat16", weights="int4")
+    engine, plain, given = Engine(config, params), engines.decode, []
+
+    def decode(*args, norm_sums, **options):
+        given.append(norm_sums)
+        return plain(*args, norm_sums=norm_sums, **options)
+
+    monkeypatch.setattr(engines, "decode", decode)
+    monkeypatch.setattr(stages, "reads_norm_sums", lambda *arguments: 2 < arguments[3] <= 4)
+    run(engine, PROMPTS, 3)
+    run(engine, PROMPTS[:2], 3)
+    run(engine, PROMPTS[:2], 3, num_samples=2)
+    assert given[1] is None and given[0] is given[2] and len(given[0]) == config.num_layers
+    native = model_params.bind_block(config, models.native_again(params, config)["layers"][1])
+    norms = {"attention.query": native.attention_norm, "mlp.up": native.mlp_norm}
+    for name, norm in norms.items():
+        part, projection = name.split(".")
+        expected = np.stack(norm.affine()).astype(np.float32) @ getattr(getattr(native, part), projection).matrix()
+        np.testing.assert_allclose(given[0][1][name], expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_which_steps_read_what_norms_come_to():
+    config = PRESETS["falcon-40b-alibi"]
+    with compat.assume_capability(compat.HOPPER):
+        reads = [stages.reads_norm_sums(config, "int4", "bfloat16", tokens, None) for tokens in range(1, 8)]
+        assert reads == [False, False, *[deferred.fits(1, config.width)] * 2, False, False, False]
+        assert not stages.reads_norm_sums(config, "int8", "bfloat16", 4, None)
+        assert not stages.reads_norm_sums(config, "int4", "float16", 4, None)
+        assert not stages.reads_norm_sums(PRESETS["falcon-rw-1b"], "int4", "bfloat16", 4, None)
+    assert not stages.reads_norm_sums(config, "int4", "bfloat16", 4, None)

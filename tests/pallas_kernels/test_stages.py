@@ -92,6 +92,36 @@ def test_output_stage(monkeypatch, form, sizes, width, num_rows, num_norms, num_
         require_close(some, other, exact)
 
 
+@pytest.mark.parametrize(("form", "num_rows"), [("int4", 4), *thorough([("native", 2), ("int8", 3), ("int4", 5)])])
+def test_rows_that_mean_nothing_are_not_read(monkeypatch, form, num_rows):
+    monkeypatch.setattr(compat, "num_sms", lambda mesh=None: 2)
+    read = next(rows for rows in (2, 4, 8) if rows >= num_rows)
+
+    def holey(seed: int, width: int) -> jax.Array:
+        return normal(seed, 8, width).at[read:].set(jnp.nan)
+
+    xs, weights = (
+        [holey(i, size) for i, size in enumerate((128, 256))],
+        [weight(2, 128, 128, form), weight(3, 256, 128, form)],
+    )
+    residual, norms = normal(4, 8, 128), [(normal(5, 128), normal(6, 128))]
+    with interpreted():
+        out, normed, _ = attention_norm_mosaic(
+            xs, weights, [], residual, norms, new_meeting(8, 128), epsilon=1e-5, plan=Plan(2, 2), num_rows=num_rows
+        )
+        [made] = project_mosaic([Product(xs[0], weights[0], 128)], plan=Plan(2, 2), num_rows=num_rows)
+        jax.block_until_ready((normed, made))
+    whole = [jnp.nan_to_num(x) for x in xs]
+    plain_out, plain_normed = attention_norm_xla(whole, weights, [], residual, norms, 1e-5)
+    in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), (whole, residual, norms))
+    exact_out, exact_normed = attention_norm_reference(in_float32[0], weights, [], in_float32[1], in_float32[2], 1e-5)
+    require_close(out[:num_rows], plain_out[:num_rows], exact_out[:num_rows])
+    require_close(normed[0][:num_rows], plain_normed[0][:num_rows], exact_normed[0][:num_rows])
+    product = Product(whole[0], weights[0], 128)
+    [plain] = project([product], implementation="xla")
+    require_close(made[:num_rows], plain[:num_rows], product_reference(product)[:num_rows])
+
+
 # The same without residual and norms: one device's part of a mesh's.
 PARTS = [
     ("native", (128, 256), 128, 8, 2, Plan(2, 2)),
