@@ -177,9 +177,9 @@ ROWS = (
     ),
     Row(
         "falcon-40b-alibi's with one; four; sixteen rows, weights of 8 bits, and of 4 bits",
-        "{runs.21.cases.3.decode_tokens_per_s:.0f}; {runs.21.cases.4.decode_tokens_per_s:.0f}; "
-        "{runs.21.cases.5.decode_tokens_per_s:,.0f} tokens/s, and {runs.21.cases.0.decode_tokens_per_s:.0f}; "
-        "{runs.21.cases.1.decode_tokens_per_s:.0f}; {runs.21.cases.2.decode_tokens_per_s:,.0f}",
+        "{runs.22.cases.3.decode_tokens_per_s:.0f}; {runs.22.cases.4.decode_tokens_per_s:.0f}; "
+        "{runs.22.cases.5.decode_tokens_per_s:,.0f} tokens/s, and {runs.22.cases.0.decode_tokens_per_s:.0f}; "
+        "{runs.22.cases.1.decode_tokens_per_s:.0f}; {runs.22.cases.2.decode_tokens_per_s:,.0f}",
         "",
         "decoding-h200.json",
     ),
@@ -280,7 +280,7 @@ ROWS = (
         "falcon-nano-quantized.json",
     ),
     Row(
-        "a model of 178 million parameters on ten, 2,048 tokens at a time, the same",
+        "a model of 178 million parameters on ten, 2,048 tokens at a time, the same; embedding and head in bfloat16",
         "{results.bfloat16.length_2048.bits_per_byte:.4f}; {results.int8.length_2048.bits_per_byte:.4f}; "
         "{results.int4, calibrated.length_2048.bits_per_byte:.4f} calibrated",
         "4 bits without calibration {results.int4, nearest.length_2048.bits_per_byte:.4f}",

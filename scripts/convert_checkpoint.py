@@ -24,7 +24,7 @@ class Arguments:
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """What the weights are stored as; as they are if left out."""
     weights: Literal["native", "int8", "int4"] = "native"
-    """Of the blocks' projections: as dtype says, or rounded to 8 or 4 bits."""
+    """Of the blocks' projections: as dtype says, or rounded to 8 or 4 bits, embedding and head then to 8."""
     calibration: Path | None = None
     """Text file (a few MB, like what the model is to read) on which weights of 8 or 4 bits are found; without it each
     is rounded to the nearest."""

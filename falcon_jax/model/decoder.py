@@ -159,7 +159,7 @@ class Ends(nnx.Module):
 class FalconDecoder(Ends):
     """Embedding, L blocks, final norm and head. Built without arrays; get a working one from `params.bind`.
 
-    weights: what the blocks' projections are stored as, one of quantize.WEIGHTS, which also says what the rest is.
+    weights: what the blocks' projections are stored as, one of quantize.WEIGHTS, which says what the rest is.
     """
 
     def __init__(

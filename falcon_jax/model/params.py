@@ -31,7 +31,7 @@ def abstract(config: FalconConfig, dtype: DTypeLike, weights: str = "native") ->
 
     Args:
       dtype: of all but the arrays of weights in few bits.
-      weights: what the blocks' projections are stored as, one of quantize.WEIGHTS.
+      weights: what the blocks' projections are stored as, one of quantize.WEIGHTS, which says what the rest is.
     """
 
     def described(param: Any) -> jax.ShapeDtypeStruct:

@@ -1,7 +1,8 @@
 """Which parameters have a form of 8 or 4 bits, and how a tree with them is made of one without.
 
-The blocks' projections have the form that is asked for. Embedding and head have 8 bits beside either: in 4, or in the
-model's dtype, a step would gain little or lose 2 % (benchmarks/LOG.md). Norms and biases keep the model's dtype.
+The blocks' projections have the form that is asked for. Embedding and head have 8 bits beside either, which falcon-nano
+does not notice; with a head in bfloat16 a step of 4 bits takes 2 % longer (benchmarks/LOG.md). Norms and biases keep
+the model's dtype.
 
 A quantized weight at path p is two arrays, p.values and p.scales, tiles of a matrix [inputs, outputs]
 (pallas_kernels/quantized_matmul/formats.py). Of a projection the rows are all its inputs and the columns its outputs;
