@@ -132,8 +132,9 @@ class Falcon:
             falcon-nano.
           dtype: of parameters, activations and cache: "bfloat16", "float32" or "float16".
           weights: of the blocks' projections: "native", the `dtype`; or "int8" (a scale for each output) or "int4" (a
-            scale for 128 inputs), stored so by `convert` or rounded while they are loaded, each to the nearest:
-            `convert` with calibration text keeps more of the model's quality. Embedding and head have 8 bits beside either.
+            scale for 128 inputs), with either of which embedding and head have 8 bits. Stored so by `convert` or
+            rounded while they are loaded, each to the nearest: `convert` with calibration text keeps more of the
+            model's quality.
           adapter: a folder with low-rank adapters in PEFT's format, as `scripts/train.py --lora` writes them, added to
             the weights as they are loaded.
           mesh: shards the parameters over it; None: the default device.

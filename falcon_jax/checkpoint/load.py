@@ -57,7 +57,8 @@ def load(
       source: a folder made by `convert`, a Hugging Face folder, or a model on the hub such as "tiiuae/falcon-7b".
       dtype: "float16", "bfloat16" or "float32", cast on the device; None keeps what is stored.
       weights: "native", "int8" or "int4": what the blocks' projections are kept as, embedding and head in 8 bits beside
-        either of the latter. Weights stored natively are rounded as they come; a folder converted to another kind than that is refused.
+        either of the latter. Those stored natively are rounded as they come; a folder converted to another kind than
+        that is refused.
       mesh: lays each parameter out by `sharding.PARAMETER_TABLE`; None puts all on the default device.
       verify: compare the checksums of a converted folder. Hugging Face folders have none.
       allow_pickle: also read pytorch_model*.bin (needs torch >= 2.10); only from a source that you trust.
