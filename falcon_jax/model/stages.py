@@ -149,7 +149,7 @@ def run(
 
     Args:
       peers: where kernels on the devices of the decoder's mesh find each other's memory, for up to 64 tokens; or None.
-      norm_sums: each layer's, for as many tokens as `reads_norm_sums` says; or None.
+      norm_sums: each layer's, which as many tokens as `reads_norm_sums` says read; or None.
 
     Returns:
       The final hidden states, and each layer's keys and values with the new tokens in them.
@@ -169,7 +169,8 @@ def run(
     mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
     integers = None
     if defers and is_one and x.dtype == jnp.bfloat16 and integers_pay(decoder.config, decoder.weights):
-        held = FEW_ROWS if B * T <= FEW_TOKENS else ALL_ROWS if norm_sums is None else TOKEN_ROWS
+        lacks_affine = norm_sums is not None and FEW_TOKENS < B * T <= len(TOKEN_ROWS)
+        held = TOKEN_ROWS if lacks_affine else FEW_ROWS if B * T <= FEW_TOKENS else ALL_ROWS
         integers = Integers(decoder.weights, held)
     shared = _Shared(step, implementation, mesh, defers, integers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))

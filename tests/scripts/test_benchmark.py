@@ -222,21 +222,27 @@ def test_no_contestant_stops_at_an_end_of_text_token():
 @pytest.mark.parametrize("weights", ["native", "int8", "int4"])
 def test_step_reads_every_weight_but_an_embedding_that_is_no_head(weights):
     tied, untied = models.tiny("falcon-7b"), models.tiny("falcon2-11b")
-    for config, unread in ((tied, 0), (untied, untied.vocab_size * untied.width)):
+    V, D = untied.vocab_size, untied.width
+    # In few bits it has whole tiles, of 64 tokens by 128 numbers of one byte, and a scale of four a token.
+    table = 2 * V * D if weights == "native" else 64 * -(-V // 64) * (128 * -(-D // 128) + 4)
+    for config, unread in ((tied, 0), (untied, table)):
         arrays = model_params.flatten(model_params.abstract(config, "bfloat16", weights))
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.values())
         assert limits.weight_bytes(config, "bfloat16", weights) == stored
-        assert limits.step_weight_bytes(config, "bfloat16", weights) == stored - 2 * unread
+        assert limits.step_weight_bytes(config, "bfloat16", weights) == stored - unread
 
 
 def test_weights_of_few_bits_count_their_scales():
-    """All sizes of this shape are whole tiles, so that there is no padding: a scale of two bytes for 128 weights."""
+    """All sizes of this shape are whole tiles, so that there is no padding: a scale of two bytes for 128 weights, and in
+    the embedding, which is the head, of four for each token."""
     config = PRESETS["falcon-40b-alibi"]
     D, H = config.width, config.head_dim
     projections = config.num_layers * D * (2 * D + 2 * config.num_kv_heads * H + 2 * config.mlp_width)
-    others = 2 * (config.num_parameters - projections)
-    assert limits.weight_bytes(config, "bfloat16", "native") == 2 * projections + others
-    assert limits.weight_bytes(config, "bfloat16", "int4") == projections // 2 + projections // 64 + others
+    V, table = config.vocab_size, config.vocab_size * D
+    others = 2 * (config.num_parameters - projections - table)
+    assert limits.weight_bytes(config, "bfloat16", "native") == 2 * (projections + table) + others
+    few = projections // 2 + projections // 64 + table + 4 * V
+    assert limits.weight_bytes(config, "bfloat16", "int4") == few + others
 
 
 def test_prefill_flops_of_a_7b_are_twice_its_weights_a_token():
