@@ -233,8 +233,8 @@ def test_step_reads_every_weight_but_an_embedding_that_is_no_head(weights):
 
 
 def test_weights_of_few_bits_count_their_scales():
-    """All sizes of this shape are whole tiles, so that there is no padding: a scale of two bytes for 128 weights, and in
-    the embedding, which is the head, of four for each token."""
+    """All sizes of this shape are whole tiles, so that there is no padding: a scale of two bytes for 128 weights, and
+    of four for each token of the embedding, which is the head."""
     config = PRESETS["falcon-40b-alibi"]
     D, H = config.width, config.head_dim
     projections = config.num_layers * D * (2 * D + 2 * config.num_kv_heads * H + 2 * config.mlp_width)
