@@ -206,7 +206,7 @@ ROWS = (
         "long-60000-h200.json",
     ),
     Row(
-        "the same, four rows of 4,000 tokens with weights of 8 bits; 4 bits: peak memory",
+        "the same, four rows of 4,000 tokens with weights of 8; 4 bits, embedding and head in bfloat16: peak memory",
         f"{{{PEAK_INT8}:.1f}}; {{{PEAK_INT4}:.1f}} GiB",
         "",
         "peaks-quantized-h200.json",
@@ -260,7 +260,7 @@ ROWS = (
         TRAINING_7B,
     ),
     Row(
-        "LoRA on falcon-7b, 512 tokens, peak memory with weights of 16; 8; 4 bits",
+        "LoRA on falcon-7b, 512 tokens, peak memory with weights of 16; 8; 4 bits, embedding and head in bfloat16",
         f"{{{LORA}.0.best.falcon_jax.value:.1f}}; {{{LORA}.1.best.falcon_jax.value:.1f}}; "
         f"{{{LORA}.2.best.falcon_jax.value:.1f}} GB",
         "",

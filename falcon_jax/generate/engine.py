@@ -81,6 +81,7 @@ class Engine:
         self.dtype: jnp.dtype = params["final_norm"]["scale"].dtype
         self._memories: dict[int, peers.Memory] = {}  # by the rows that they have room for
         self._norm_sums: list[NormSums] | None = None
+        self._weights = weights_of(params)
         # Never empty, so that a model without an end-of-text token needs no code of its own.
         self.eos_token_ids = np.array(config.eos_token_ids or (-1,), np.int32)
 
@@ -253,8 +254,7 @@ class Engine:
 
     def _reads_norm_sums(self, num_tokens: int) -> bool:
         config, options, mesh = self.model.config, self.model.options, self.model.mesh
-        weights = weights_of(self.params)
-        return options.stages != "xla" and stages.reads_norm_sums(config, weights, self.dtype, num_tokens, mesh)
+        return options.stages != "xla" and stages.reads_norm_sums(config, self._weights, self.dtype, num_tokens, mesh)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_samples: int

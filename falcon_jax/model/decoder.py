@@ -151,6 +151,7 @@ class Ends(nnx.Module):
         return head, is_transposed
 
     def _head(self) -> tuple[Array | QuantizedWeight, bool]:
+        """As it is stored; of one in few bits, a weight [D, V] in either case, the second means nothing."""
         is_tied = self.config.tie_word_embeddings
         weight = (self.embed if is_tied else self.lm_head).weight
         return (weight.arrays() if isinstance(weight, Quantized) else weight[...]), is_tied

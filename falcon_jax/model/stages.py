@@ -71,15 +71,25 @@ NormSums = dict[str, Array]
 
 
 def reads_norm_sums(config: FalconConfig, weights: str, dtype: DTypeLike, num_tokens: int, mesh: Mesh | None) -> bool:
-    """Whether steps of so many tokens are faster with each layer's `norm_sums`, and can have them here."""
+    """Whether steps of so many tokens are faster with each layer's `norm_sums`, and can have them here.
+
+    Args:
+      weights: their form, one of quantize.WEIGHTS; dtype: the model's.
+      num_tokens: of all rows.
+    """
     return (
-        FEW_TOKENS < num_tokens <= len(TOKEN_ROWS)
+        _tokens_alone_pay(num_tokens)
         and jnp.dtype(dtype) == jnp.bfloat16
         and quantized_matmul.size_of(mesh) == 1
         and integers_pay(config, weights)
         and deferred.fits(num_tokens, config.width)
         and compat.mosaic_reason(mesh) is None
     )
+
+
+def _tokens_alone_pay(num_tokens: int) -> bool:
+    """Whether so many tokens fill the rows of integers that an instruction takes at once, without scale and shift."""
+    return FEW_TOKENS < num_tokens <= len(TOKEN_ROWS)
 
 
 def norm_sums(block: Block, implementation: str | None = None) -> NormSums:
@@ -169,8 +179,8 @@ def run(
     mesh = _Mesh(decoder.mesh, _split(decoder), peers, B * T)
     integers = None
     if defers and is_one and x.dtype == jnp.bfloat16 and integers_pay(decoder.config, decoder.weights):
-        lacks_affine = norm_sums is not None and FEW_TOKENS < B * T <= len(TOKEN_ROWS)
-        held = TOKEN_ROWS if lacks_affine else FEW_ROWS if B * T <= FEW_TOKENS else ALL_ROWS
+        tokens_alone = norm_sums is not None and _tokens_alone_pay(B * T)
+        held = TOKEN_ROWS if tokens_alone else FEW_ROWS if B * T <= FEW_TOKENS else ALL_ROWS
         integers = Integers(decoder.weights, held)
     shared = _Shared(step, implementation, mesh, defers, integers, attention_sms, *places)
     normed = shared.normalize(residual, _input_norms(layers[0]))
